@@ -1,0 +1,97 @@
+// The one list of operators. Schemas live here, in C++, so that a process without Python knows them too.
+//
+// Public operators (no underscore) are what users, autograd and torch.compile see. Their CPU and CUDA kernels are
+// Python functions (resnet_fast/ops/<op>.py) that check, choose a backend and call the internal operators
+// (underscore), each of which is one C++ or CUDA kernel. The CompositeExplicitAutograd kernels below are the plain
+// stock-torch versions: a process that loads this library without the Python package still runs every graph, only
+// not fused.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "cpu/ops.h"
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+template <size_t N>
+Tensor call_aten(const char* name, const char* overload, std::array<StableIValue, N> stack) {
+  STD_TORCH_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == 0, name, " failed");
+  return to<Tensor>(stack[0]);
+}
+
+Tensor add(const Tensor& a, const Tensor& b) {
+  return call_aten("aten::add", "Tensor", std::array{from(a), from(b), from(1.0)});
+}
+
+Tensor relu(const Tensor& x) { return call_aten("aten::relu", "", std::array{from(x)}); }
+
+Tensor add_relu_plain(const Tensor& a, const Tensor& b) { return relu(add(a, b)); }
+
+Tensor conv_bn_relu_plain(
+    const Tensor& input,                    // [N, C, H, W]
+    const Tensor& weight,                   // [K, C / groups, R, S]
+    const std::optional<Tensor>& bias,      // [K]
+    const std::optional<Tensor>& bn_weight, // [K]
+    const std::optional<Tensor>& bn_bias,   // [K]
+    const Tensor& running_mean,             // [K]
+    const Tensor& running_var,              // [K]
+    const std::optional<Tensor>& residual,  // [N, K, P, Q]
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+    double eps, bool apply_relu) {
+  Tensor out = call_aten("aten::conv2d", "",
+                         std::array{from(input), from(weight), from(bias), from(stride), from(padding), from(dilation),
+                                    from(groups)});
+  out = call_aten("aten::batch_norm", "",
+                  std::array{from(out), from(bn_weight), from(bn_bias), from(std::optional<Tensor>(running_mean)),
+                             from(std::optional<Tensor>(running_var)), from(false), from(0.0), from(eps), from(false)});
+  if (residual.has_value()) out = add(out, *residual);
+  return apply_relu ? relu(out) : out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(resnet_fast, m) {
+  // relu(batch_norm(conv2d(input, weight, bias)) + residual), inference statistics, one pass over the output
+  m.def(
+      "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, float eps, bool relu) -> Tensor");
+  // relu(a + b)
+  m.def("add_relu(Tensor a, Tensor b) -> Tensor");
+
+  m.def("_add_relu_cpu(Tensor a, Tensor b) -> Tensor");
+  m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
+  m.def("_all_finite(Tensor input) -> bool");
+  m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
+  m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
+  m.def("_cpu_level() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
+  m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu_plain));
+  m.impl("add_relu", TORCH_BOX(&add_relu_plain));
+  m.impl("_cpu_level", TORCH_BOX(&resnet_fast::cpu_level_index));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
+  m.impl("_add_relu_cpu", TORCH_BOX(&resnet_fast::add_relu_cpu));
+  m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
+  m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));
+  m.impl("_fingerprint_matches", TORCH_BOX(&resnet_fast::fingerprint_matches));
+}
+
+// Importing resnet_fast._C only loads the library; the static initialisers above do the registration.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

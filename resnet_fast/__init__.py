@@ -1,0 +1,12 @@
+"""resnet_fast: fused convolution + BatchNorm + ReLU kernels behind torchvision's ResNets.
+
+>>> from resnet_fast.models import resnet50, ResNet50_Weights   # instead of torchvision.models
+"""
+
+from . import ops
+from .backends import Backend, backends, use_backend
+from .nn.explain import explain
+from .ops.weight_cache import clear_cache
+
+__version__ = "0.1.0"
+__all__ = ["Backend", "__version__", "backends", "clear_cache", "explain", "ops", "use_backend"]

@@ -1,0 +1,151 @@
+"""What can run here: the compiled library, the backends and the switch between them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from . import _C  # noqa: F401  (loading it registers the operators)
+except ImportError as error:
+    raise ImportError(
+        f"resnet_fast's compiled part does not load ({error}). Build it with `pip install -e .` in an environment "
+        f"that has torch >= 2.11 (this one: torch {torch.__version__})"
+    ) from error
+
+_cuda_library_error: str | None = None
+if torch.version.cuda is None:
+    _cuda_library_error = f"torch {torch.__version__} has no CUDA"
+else:
+    try:
+        from . import _C_cuda  # noqa: F401
+    except ImportError as error:
+        missing = "no module named" in str(error).lower() or "cannot import name" in str(error)
+        _cuda_library_error = "built without CUDA kernels (no nvcc at install time)" if missing else str(error)
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+CPU_LEVELS = ("portable", "avx2", "avx512")  # as in csrc/cpu/levels.cpp
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the operators.
+
+    ``devices`` are the device types whose tensors it takes in this process; empty if it does not work here, and then
+    ``reason`` says why. ``operators`` are those it has a kernel for.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    devices: tuple[str, ...]
+    reason: str
+
+    @property
+    def available(self) -> bool:
+        return bool(self.devices)
+
+
+def cpu_level() -> str:
+    """Instruction-set level of the C++ kernels in use: ``portable``, ``avx2`` or ``avx512``.
+
+    Raises RuntimeError if ``RESNET_FAST_CPU_LEVEL`` names one that is unknown or that this CPU does not have.
+    """
+    return CPU_LEVELS[torch.ops.resnet_fast._cpu_level()]
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at start)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _reference() -> Backend:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return Backend("reference", ("add_relu", "conv_bn_relu"), devices, "plain torch operators")
+
+
+def _cpu() -> Backend:
+    operators = ("add_relu", "conv_bn_relu")
+    try:
+        level = cpu_level()
+    except RuntimeError as error:
+        return Backend("cpu", operators, (), str(error))
+    if not torch.backends.mkldnn.is_available():
+        return Backend("cpu", ("add_relu",), ("cpu",), f"C++ kernels at level {level}; this torch has no oneDNN")
+    return Backend("cpu", operators, ("cpu",), f"C++ kernels at level {level}, oneDNN convolutions")
+
+
+def _triton() -> Backend:
+    operators = ("add_relu", "conv_bn_relu")
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", operators, (), "the package triton is not installed (CPU builds of torch lack it)")
+    if triton_interpreted():
+        return Backend("triton", operators, ("cpu",), "Triton's interpreter (TRITON_INTERPRET=1): right, and slow")
+    if not torch.cuda.is_available():
+        return Backend("triton", operators, (), "no CUDA device (set TRITON_INTERPRET=1 to run the kernels on the CPU)")
+    return Backend("triton", operators, ("cuda",), "Triton kernels")
+
+
+def _cuda() -> Backend:
+    operators = ("add_relu",)
+    if _cuda_library_error is not None:
+        return Backend("cuda", operators, (), _cuda_library_error)
+    if not torch.cuda.is_available():
+        return Backend("cuda", operators, (), "no CUDA device")
+    return Backend("cuda", operators, ("cuda",), "CUDA C++ kernels")
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name: whether it works in this process, on which devices, and why not if not.
+
+    >>> resnet_fast.backends()["triton"].reason
+    'no CUDA device (set TRITON_INTERPRET=1 to run the kernels on the CPU)'
+    """
+    return {b.name: b for b in (_reference(), _cpu(), _triton(), _cuda())}
+
+
+def _check_name(name: str | None, origin: str) -> str | None:
+    if name not in (None, "", *NAMES):
+        raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name or None
+
+
+_default = _check_name(os.environ.get("RESNET_FAST_BACKEND"), "RESNET_FAST_BACKEND")
+_forced: ContextVar[str | None] = ContextVar("resnet_fast_backend", default=_default)
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or ``RESNET_FAST_BACKEND`` names, or None (the chooser decides)."""
+    return _forced.get()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every operator and block inside the ``with`` on one backend; None gives the choice back.
+
+    Holds for the current thread (or asyncio task), nests, and also reaches graphs compiled outside it. An operator
+    raises RuntimeError where the backend has no kernel for it or does not take its device; models run such a block
+    the plain torch way, and `resnet_fast.explain` says so.
+
+    Args:
+        name: ``"reference"`` (plain torch), ``"cpu"``, ``"triton"``, ``"cuda"`` or None.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: the backend does not work in this process; the message says why.
+    """
+    name = _check_name(name, "the backend")
+    if name is not None:
+        backend = backends()[name]
+        if not backend.available:
+            raise RuntimeError(f"backend {name!r} does not work here: {backend.reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,106 @@
+"""Which kernel runs: one function per operator, each threshold with its measured reason.
+
+``RESNET_FAST_LOG=choice`` prints every new choice to stderr; `resnet_fast.explain` shows them block by block.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .backends import backends, cpu_level, forced
+
+_16_BIT = (torch.bfloat16, torch.float16)
+_FUSED_DTYPES = (torch.float32, *_16_BIT)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an operator runs on, the kernel in words, and the reason."""
+
+    backend: str
+    kernel: str
+    reason: str
+
+
+def choose(operator: str, device: str, dtype: torch.dtype) -> Choice:
+    """The backend for ``operator`` on tensors of this device type and dtype, obeying `use_backend`.
+
+    Raises RuntimeError if a forced backend has no kernel for it; the message says what it lacks.
+    """
+    mkldnn_enabled = torch.backends.mkldnn.enabled
+    return _choose(operator, device, dtype, forced(), mkldnn_enabled)
+
+
+@lru_cache(maxsize=None)
+def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, mkldnn_enabled: bool) -> Choice:
+    choice = _forced_choice(operator, device, dtype, name) if name else _best(operator, device, dtype, mkldnn_enabled)
+    if "choice" in os.environ.get("RESNET_FAST_LOG", "").split(","):
+        print(
+            f"[resnet_fast] {operator} {device} {dtype}: {choice.backend} ({choice.kernel}), {choice.reason}",
+            file=sys.stderr,
+        )
+    return choice
+
+
+def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str) -> Choice:
+    backend = backends()[name]
+    if name != "reference":
+        if operator not in backend.operators:
+            raise RuntimeError(f"backend {name!r} has no kernel for {operator}; it has {', '.join(backend.operators)}")
+        if device not in backend.devices:
+            takes = ", ".join(backend.devices) or f"nothing here ({backend.reason})"
+            raise RuntimeError(f"backend {name!r} cannot run {operator} on a {device} tensor; it takes {takes}")
+        if dtype not in _FUSED_DTYPES:
+            raise RuntimeError(
+                f"backend {name!r} cannot run {operator} in {dtype}; it takes float32, bfloat16 and float16 "
+                "(float64 runs on the reference)"
+            )
+    return Choice(name, kernel_name(operator, name, dtype), "use_backend")
+
+
+def _best(operator: str, device: str, dtype: torch.dtype, mkldnn_enabled: bool) -> Choice:
+    def choice(backend: str, reason: str) -> Choice:
+        return Choice(backend, kernel_name(operator, backend, dtype), reason)
+
+    if dtype not in _FUSED_DTYPES:
+        return choice("reference", f"no fused kernel for {dtype}")
+    if device == "cpu":
+        if operator not in backends()["cpu"].operators:
+            return choice("reference", "this torch has no oneDNN")
+        if operator == "conv_bn_relu" and not mkldnn_enabled:
+            return choice("reference", "torch.backends.mkldnn.enabled is False")
+        return choice("cpu", "fused: one pass over the output")
+    if device == "cuda":
+        # One pass (read a, read b, write) where torch makes two (3 + 2 transfers): cannot lose.
+        if operator == "add_relu":
+            for name in ("cuda", "triton"):
+                if "cuda" in backends()[name].devices:
+                    return choice(name, "fused: 3 transfers an element instead of 5")
+        return choice("reference", "our kernel is not yet measured against cuDNN; use_backend('triton') tries it")
+    return choice("reference", f"no kernels for {device} tensors")
+
+
+def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
+    """The kernel in words, for `explain` and the log."""
+    if backend == "reference":
+        return "torch"
+    if backend == "cpu":
+        if operator == "add_relu":
+            return f"C++ {cpu_level()}"
+        return "oneDNN" if onednn_runs(dtype) else "oneDNN in float32"
+    return {"triton": "Triton", "cuda": "CUDA C++"}[backend]
+
+
+@lru_cache(maxsize=None)
+def onednn_runs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused convolution takes this dtype on this CPU (16-bit types need AVX-512 or newer)."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32

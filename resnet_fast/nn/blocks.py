@@ -1,0 +1,87 @@
+"""torchvision's residual blocks with a fused forward: subclasses, so that names, initialisation and checks are its own."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.models import resnet as tv
+
+from .fused import (
+    conv_bn,
+    is_channels_last,
+    may_fuse_input,
+    shortcut,
+    why_plain_conv_bn,
+    why_plain_projection,
+    why_plain_relu,
+)
+
+
+def _as_plain(forward: Callable) -> Callable:
+    # torchvision's own forward under another name: TorchScript compiles methods by the function's name.
+    plain = types.FunctionType(forward.__code__, forward.__globals__, "_plain", forward.__defaults__)
+    plain.__annotations__ = forward.__annotations__
+    return plain
+
+
+class BasicBlock(tv.BasicBlock):
+    """torchvision's BasicBlock: 3x3, 3x3, shortcut; two fused operators (and one for a projection) in eval mode."""
+
+    # The last block of a model whose weights are not channels_last hands out a contiguous map, as torchvision's does,
+    # so that `.view(n, -1)` behind it works.
+    hands_out_contiguous = False
+    _plain = _as_plain(tv.BasicBlock.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.why_plain() is None and may_fuse_input(x, self.conv1):
+                return self._fused(x)
+        return self._plain(x)
+
+    @torch.jit.unused
+    def why_plain(self) -> str | None:
+        """Why this block runs torch's operators, judged by its modules, or None if it is fused."""
+        return (
+            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1)
+            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2)
+            or why_plain_relu("relu", self.relu)
+            or why_plain_projection(self.downsample)
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = conv_bn(x, self.conv1, self.bn1)
+        out = conv_bn(out, self.conv2, self.bn2, residual=shortcut(x, self.downsample))
+        return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
+
+
+class Bottleneck(tv.Bottleneck):
+    """torchvision's Bottleneck (V1.5, stride in the 3x3): three fused operators (and one for a projection) in eval."""
+
+    hands_out_contiguous = False  # see BasicBlock
+    _plain = _as_plain(tv.Bottleneck.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.why_plain() is None and may_fuse_input(x, self.conv1):
+                return self._fused(x)
+        return self._plain(x)
+
+    @torch.jit.unused
+    def why_plain(self) -> str | None:
+        """Why this block runs torch's operators, judged by its modules, or None if it is fused."""
+        return (
+            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1)
+            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2)
+            or why_plain_conv_bn("conv3", self.conv3, "bn3", self.bn3)
+            or why_plain_relu("relu", self.relu)
+            or why_plain_projection(self.downsample)
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        out = conv_bn(x, self.conv1, self.bn1)
+        out = conv_bn(out, self.conv2, self.bn2)
+        out = conv_bn(out, self.conv3, self.bn3, residual=shortcut(x, self.downsample))
+        return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out

@@ -1,0 +1,327 @@
+"""conv_bn_relu: relu(batch_norm(conv2d(input, weight, bias)) + residual) with inference statistics.
+
+The pieces and their order are explained in add_relu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..choose import choose, onednn_runs
+from .registration import autocast_tensor, register, under_transform
+from .weight_cache import cached_cast, packed_weights
+
+_PAIRS = ("stride", "padding", "dilation")
+
+
+def conv_bn_relu_ref(
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    bias: Tensor | None,  # [K]
+    bn_weight: Tensor | None,  # [K]
+    bn_bias: Tensor | None,  # [K]
+    running_mean: Tensor,  # [K]
+    running_var: Tensor,  # [K]
+    residual: Tensor | None = None,  # [N, K, P, Q]
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """conv_bn_relu in plain torch, any device and dtype; [N, K, P, Q]."""
+    out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out = F.batch_norm(out, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out) if relu else out
+
+
+def _refuse(text: str) -> None:
+    raise RuntimeError(f"conv_bn_relu: {text}")
+
+
+def _output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+    """[N, K, P, Q]; raises RuntimeError where a kernel does not fit into the padded input."""
+    size = [input.shape[0], weight.shape[0]]
+    for d in (0, 1):
+        extent = dilation[d] * (weight.shape[2 + d] - 1) + 1
+        padded = input.shape[2 + d] + 2 * padding[d]
+        if padded < extent:
+            _refuse(f"the dilated kernel ({extent}) must not be larger than the padded input ({padded}) in {'HW'[d]}")
+        size.append((padded - extent) // stride[d] + 1)
+    return size
+
+
+def check_conv_args(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> list[int]:
+    """Checks everything that the kernels rely on; returns the output's size [N, K, P, Q].
+
+    Raises RuntimeError with the argument, the rule and what came. stride, padding and dilation must have 2 elements.
+    """
+    if input.dim() != 4:
+        _refuse(f"input must have 4 dimensions [N, C, H, W], got shape {tuple(input.shape)}")
+    if weight.dim() != 4:
+        _refuse(f"weight must have 4 dimensions [K, C / groups, R, S], got shape {tuple(weight.shape)}")
+    if not input.is_floating_point():
+        _refuse(f"input must be floating point, got {input.dtype}")
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(pair) < least:
+            _refuse(f"{name} must be at least {least}, got {tuple(pair)}")
+    filters = weight.shape[0]
+    if groups < 1 or filters % groups != 0:
+        _refuse(f"groups must be positive and divide the {filters} filters, got {groups}")
+    if input.shape[1] != weight.shape[1] * groups:
+        _refuse(
+            f"input must have {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
+            f"got shape {tuple(input.shape)}"
+        )
+    if 0 in weight.shape:
+        _refuse(f"weight must not be empty, got shape {tuple(weight.shape)}")
+
+    size = _output_size(input, weight, stride, padding, dilation)
+    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is not None and t.dtype != input.dtype:
+            _refuse(f"{name} must have input's dtype {input.dtype}, got {t.dtype}")
+    vectors = (
+        ("bias", bias),
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    )
+    for name, t in vectors:
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != filters:
+            _refuse(f"{name} must have shape ({filters},), one value per filter, got {tuple(t.shape)}")
+        if not t.is_floating_point():
+            _refuse(f"{name} must be floating point, got {t.dtype}")
+    if residual is not None and list(residual.shape) != size:
+        _refuse(f"residual must have the output's shape {tuple(size)}, got {tuple(residual.shape)}")
+    for name, t in (("weight", weight), ("residual", residual), *vectors):
+        if t is not None and t.device != input.device:
+            _refuse(f"{name} must be on input's device {input.device}, got {t.device}")
+    return size
+
+
+def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+    """``value`` as two numbers. A sequence of 1 or 2, as torch.nn.functional.conv2d takes."""
+    if isinstance(value, int):
+        return [value, value]
+    if len(value) not in (1, 2):
+        _refuse(f"{name} must be one number or a sequence of 1 or 2, got {list(value)}")
+    return [value[0], value[-1]]
+
+
+def _pairs(stride, padding, dilation) -> list[list[int]]:
+    return [_pair(name, value) for name, value in zip(_PAIRS, (stride, padding, dilation), strict=True)]
+
+
+def _empty_output(input: Tensor, size: list[int]) -> Tensor:
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _fake(
+    input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+    stride, padding, dilation, groups, eps, relu,
+) -> Tensor:  # fmt: skip
+    pairs = _pairs(stride, padding, dilation)
+    parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    return _empty_output(input, check_conv_args(input, *parameters, residual, *pairs, groups))
+
+
+def _kernel(
+    input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+    stride, padding, dilation, groups, eps, relu,
+) -> Tensor:  # fmt: skip
+    pairs = _pairs(stride, padding, dilation)
+    parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    size = check_conv_args(input, *parameters, residual, *pairs, groups)
+    if 0 in size:
+        return _empty_output(input, size)
+    backend = choose("conv_bn_relu", input.device.type, input.dtype).backend
+    if backend == "triton":
+        from ..kernels.conv_bn_relu import conv_bn_relu_triton
+
+        return conv_bn_relu_triton(input, *parameters, residual, *pairs, groups, eps, relu, _empty_output(input, size))
+    if backend == "cpu":
+        out = _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu)
+        if out is not None:
+            return _channels_last(out)
+    return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
+
+
+def _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu) -> Tensor | None:
+    """The oneDNN path; None where folding BatchNorm into the weight would change which results are finite."""
+    from ..kernels.onednn import FoldedConv, Geometry, conv_relu_onednn
+
+    weight, *vectors = parameters
+    geometry = Geometry(*map(tuple, pairs), groups)
+    present = [v for v in vectors if v is not None]
+    key = (geometry, eps, input.dtype, *(v is None for v in vectors))
+    folded = packed_weights.get(
+        weight, present, groups, key, lambda: FoldedConv.make(input.dtype, *parameters, eps)
+    )
+    if not folded.usable:
+        return None
+    packed = folded.weight_for(input, geometry, *parameters, eps)
+    return conv_relu_onednn(input, packed, folded.bias, residual, geometry, relu)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """``t`` (not an input of the operator) with exactly the strides that the fake promises."""
+    n, c, h, w = t.shape
+    strides = (c * h * w, 1, w * c, c)
+    if t.stride() == strides:
+        return t
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+def _setup_context(ctx, inputs, output: Tensor) -> None:
+    (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+     stride, padding, dilation, ctx.groups, ctx.eps, ctx.relu) = inputs  # fmt: skip
+    ctx.pairs = _pairs(stride, padding, dilation)
+    ctx.dtypes = [None if t is None else t.dtype for t in (bias, bn_bias)]
+    ctx.save_for_backward(input, weight, bias, bn_weight, running_mean, running_var, output if ctx.relu else None)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, bn_weight, bn_bias and residual; differentiable again.
+
+    With g the gradient behind the ReLU, scale = bn_weight / sqrt(running_var + eps) and dW the gradient of the weight
+    for the *unscaled* g:
+
+        input:     conv_transpose(g, weight * scale)
+        weight:    dW * scale
+        bn_weight: sum(g * (conv(input) + bias - running_mean)) * invstd
+                   = (<weight, dW> + (bias - running_mean) * sum(g)) * invstd       per filter
+
+    so that the convolution need not be computed again: sum(g * conv(input)) is linear in the weight.
+    """
+    input, weight, bias, bn_weight, running_mean, running_var, output = ctx.saved_tensors
+    need_input, need_weight, need_bias, need_gamma, need_beta, _, _, need_residual = ctx.needs_input_grad[:8]
+    if output is not None:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)  # passes where the output is positive or NaN
+    grad_residual = grad if need_residual else None
+
+    # Sums over the map in at least float32; on a CPU without 16-bit convolutions everything.
+    wide = torch.promote_types(torch.float32, input.dtype)
+    dtype = input.dtype
+    if input.device.type == "cpu" and not onednn_runs(dtype):
+        dtype = wide
+    invstd = torch.rsqrt(running_var.to(wide) + ctx.eps)  # [K]
+    scale = invstd if bn_weight is None else invstd * bn_weight.to(wide)  # [K]
+
+    grad_input = grad_weight = grad_bias = grad_gamma = grad_beta = None
+    if need_input or need_weight or need_gamma:
+        g, x, w = grad.to(dtype), input.to(dtype), (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(dtype)
+        grad_input, dw, _ = torch.ops.aten.convolution_backward(
+            g, x, w, None, *ctx.pairs, False, [0, 0], ctx.groups, [need_input, need_weight or need_gamma, False]
+        )
+        grad_input = grad_input.to(input.dtype) if need_input else None
+    if need_weight:
+        grad_weight = (dw * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    if need_bias or need_gamma or need_beta:
+        total = grad.sum((0, 2, 3), dtype=wide)  # [K]
+    if need_bias:
+        grad_bias = (total * scale).to(ctx.dtypes[0])
+    if need_beta:
+        grad_beta = total.to(ctx.dtypes[1])
+    if need_gamma:
+        mean = running_mean.to(wide) if bias is None else running_mean.to(wide) - bias.to(wide)
+        grad_gamma = ((dw.to(wide) * weight.to(wide)).sum((1, 2, 3)) - mean * total) * invstd
+        grad_gamma = grad_gamma.to(bn_weight.dtype)
+    return (grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, None, None, grad_residual, *[None] * 6)
+
+
+def _autocast(device_type: str, input, weight, bias, *rest) -> tuple:
+    bn, residual, geometry = rest[:4], rest[4], rest[5:]
+    dtype = torch.get_autocast_dtype(device_type)
+    plain = type(weight) in (Tensor, torch.nn.Parameter)
+    differentiable = torch.is_grad_enabled() and weight.requires_grad
+    if plain and not differentiable and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float16):
+        weight = cached_cast(weight, dtype) if weight.dtype != dtype else weight
+    else:
+        weight = autocast_tensor(weight, device_type)
+    input, bias, residual = (autocast_tensor(t, device_type) for t in (input, bias, residual))
+    return (input, weight, bias, *bn, residual, *geometry)
+
+
+register(
+    "conv_bn_relu",
+    kernel=_kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """relu(batch_norm(conv2d(input, weight, bias)) + residual) with inference statistics, one pass over the output.
+
+    BatchNorm's scale and shift are computed in float32 (float64 for float64) from its tensors in every call, whatever
+    their dtype, and go into the convolution's store with bias, residual and ReLU.
+
+    Args:
+        input: [N, C, H, W], float32, float16, bfloat16 (float64 runs on the reference); any strides, channels_last is
+            the fast one. N may be 0.
+        weight: [K, C / groups, R, S], input's dtype.
+        bias: [K] or None, input's dtype.
+        bn_weight, bn_bias: [K] or None (BatchNorm without affine), any floating-point dtype.
+        running_mean, running_var: [K], any floating-point dtype; they get no gradient.
+        residual: [N, K, P, Q] or None, input's dtype, any strides; may be input itself.
+        stride, padding, dilation: a number, or a sequence of 1 or 2 (height, width).
+        groups: divides C and K.
+        eps: added to running_var.
+        relu: whether the ReLU is applied; NaN stays NaN.
+
+    Returns:
+        [N, K, P, Q] in channels_last, input's dtype. Differentiable in every argument but the running statistics,
+        twice.
+
+    Raises:
+        RuntimeError: an argument breaks a rule above, or a backend forced by `resnet_fast.use_backend` cannot run it.
+
+    References:
+        He et al., Deep Residual Learning for Image Recognition (2015); Ioffe and Szegedy, Batch Normalization (2015).
+    """
+    pairs = _pairs(stride, padding, dilation)
+    parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    if under_transform():
+        return conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu)
+    return torch.ops.resnet_fast.conv_bn_relu(input, *parameters, residual, *pairs, groups, eps, relu)

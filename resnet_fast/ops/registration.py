@@ -1,0 +1,76 @@
+"""How every public operator is registered: one function, so that all of them obey the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+library = torch.library.Library("resnet_fast", "IMPL")
+
+
+def register(
+    name: str,
+    *,
+    kernel: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple],
+    autocast: Callable[..., tuple],
+) -> None:
+    """Gives the operator ``resnet_fast::name`` (schema in csrc/ops.cpp) everything that torch asks of an operator.
+
+    Args:
+        kernel: runs it on CPU and CUDA tensors; called below autograd and autocast.
+        fake: same arguments, returns an empty tensor with the exact shape, strides, dtype and device of the result.
+        setup_context, backward: as `torch.library.register_autograd` takes them.
+        autocast: ``autocast(device_type, *args)`` returns the arguments as they are under autocast.
+    """
+    op = getattr(torch.ops.resnet_fast, name).default
+
+    def checked_kernel(*args: Any) -> Tensor:
+        _refuse_forward_ad(name)
+        return kernel(*args)
+
+    for key in ("CPU", "CUDA"):
+        library.impl(name, checked_kernel, key)
+    torch.library.register_fake(f"resnet_fast::{name}", fake, lib=library)
+    torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=library)
+    for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        library.impl(name, _autocast_kernel(op, key, device_type, autocast), key)
+
+
+def _autocast_kernel(op: Any, key: str, device_type: str, autocast: Callable[..., tuple]) -> Callable[..., Tensor]:
+    # torch.library.register_autocast would cast every floating-point argument, BatchNorm's tensors too.
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return op(*autocast(device_type, *args))
+
+    return kernel
+
+
+def autocast_tensor(t: Tensor | None, device_type: str) -> Tensor | None:
+    """What torch's own autocast does to one argument: floating point, on the device, not float64."""
+    dtype = torch.get_autocast_dtype(device_type)
+    castable = t is not None and t.is_floating_point() and t.dtype not in (dtype, torch.float64)
+    return t.to(dtype) if castable and t.device.type == device_type else t
+
+
+def under_transform() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform is active: then only plain torch operators give its result."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _refuse_forward_ad(name: str) -> None:
+    # Autograd's generated kernel drops tangents silently, and below torch.func.jvp they cannot even be seen: so every
+    # call inside a forward-mode level is refused rather than some of them answered with zero derivatives.
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"torch.ops.resnet_fast.{name} has no forward-mode derivative; resnet_fast.ops.{name} takes the plain "
+            "torch path under forward-mode AD and torch.func transforms"
+        )
