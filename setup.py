@@ -90,7 +90,8 @@ def build_arguments(torch):
         ce.CUDA_HOME = cuda_home  # fixed at import, maybe to the parent of a wrapper script
 
     macros = [("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020b000000000000")]
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+    # Error messages carry file names: those of the project, not of the machine that built it.
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", f"-ffile-prefix-map={os.getcwd()}/="]
     extensions = [
         ce.CppExtension(
             "resnet_fast._C",

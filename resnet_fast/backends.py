@@ -32,6 +32,13 @@ else:
 NAMES = ("reference", "cpu", "triton", "cuda")
 CPU_LEVELS = ("portable", "avx2", "avx512")  # as in csrc/cpu/levels.cpp
 
+# Asked at import, outside any tracing mode, since operators called under one are traced instead of run.
+_cpu_level, _cpu_level_error = "", ""
+try:
+    _cpu_level = CPU_LEVELS[torch.ops.resnet_fast._cpu_level()]
+except RuntimeError as error:
+    _cpu_level_error = str(error).splitlines()[0]
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -56,7 +63,9 @@ def cpu_level() -> str:
 
     Raises RuntimeError if ``RESNET_FAST_CPU_LEVEL`` names one that is unknown or that this CPU does not have.
     """
-    return CPU_LEVELS[torch.ops.resnet_fast._cpu_level()]
+    if _cpu_level_error:
+        raise RuntimeError(_cpu_level_error)
+    return _cpu_level
 
 
 def triton_interpreted() -> bool:

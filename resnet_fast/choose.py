@@ -32,7 +32,8 @@ def choose(operator: str, device: str, dtype: torch.dtype) -> Choice:
 
     Raises RuntimeError if a forced backend has no kernel for it; the message says what it lacks.
     """
-    mkldnn_enabled = torch.backends.mkldnn.enabled
+    # torch.export switches oneDNN off while it traces; what it traces runs with it.
+    mkldnn_enabled = torch.backends.mkldnn.enabled or torch.compiler.is_exporting()
     return _choose(operator, device, dtype, forced(), mkldnn_enabled)
 
 
