@@ -61,9 +61,14 @@ def autocast_tensor(t: Tensor | None, device_type: str) -> Tensor | None:
     return t.to(dtype) if castable and t.device.type == device_type else t
 
 
+@torch.compiler.assume_constant_result  # dynamo would put the call into its graph and take the result for "not None"
+def _functorch_active() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def under_transform() -> bool:
     """Whether forward-mode AD or a `torch.func` transform is active: then only plain torch operators give its result."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _functorch_active()
 
 
 def _refuse_forward_ad(name: str) -> None:
