@@ -72,7 +72,9 @@ def decide_cuda(torch):
     elif torch.version.cuda is None:
         why = f"torch {torch.__version__} has no CUDA"
     else:
-        say(f"building CPU and CUDA kernels with {home} for {os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHS)}")
+        say(
+            f"building CPU and CUDA kernels with {home} for {os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHS)}"
+        )
         return home
     if mode == "1":
         sys.exit(f"RESNET_FAST_CUDA=1, but {why}")

@@ -17,7 +17,8 @@ inline void check_elementwise(const torch::stable::Tensor& a, const torch::stabl
 // `t` itself if it already lies in memory as `like` does (which is dense), else a copy that does.
 inline torch::stable::Tensor in_layout_of(const torch::stable::Tensor& t, const torch::stable::Tensor& like) {
   bool same_strides = true;
-  for (int64_t d = 0; d < t.dim(); ++d) same_strides = same_strides && (t.size(d) <= 1 || t.stride(d) == like.stride(d));
+  for (int64_t d = 0; d < t.dim(); ++d)
+    same_strides = same_strides && (t.size(d) <= 1 || t.stride(d) == like.stride(d));
   if (same_strides) return t;
   torch::stable::Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, t);

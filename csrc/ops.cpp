@@ -5,8 +5,9 @@
 // (underscore), each of which is one C++ or CUDA kernel. The CompositeExplicitAutograd kernels below are the plain
 // stock-torch versions: a process that loads this library without the Python package still runs every graph, only
 // not fused.
-#include <Python.h>
+#include "cpu/ops.h"
 
+#include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,8 +15,6 @@
 #include <array>
 #include <optional>
 #include <vector>
-
-#include "cpu/ops.h"
 
 namespace {
 
@@ -37,20 +36,19 @@ Tensor relu(const Tensor& x) { return call_aten("aten::relu", "", std::array{fro
 
 Tensor add_relu_plain(const Tensor& a, const Tensor& b) { return relu(add(a, b)); }
 
-Tensor conv_bn_relu_plain(
-    const Tensor& input,                    // [N, C, H, W]
-    const Tensor& weight,                   // [K, C / groups, R, S]
-    const std::optional<Tensor>& bias,      // [K]
-    const std::optional<Tensor>& bn_weight, // [K]
-    const std::optional<Tensor>& bn_bias,   // [K]
-    const Tensor& running_mean,             // [K]
-    const Tensor& running_var,              // [K]
-    const std::optional<Tensor>& residual,  // [N, K, P, Q]
-    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-    double eps, bool apply_relu) {
-  Tensor out = call_aten("aten::conv2d", "",
-                         std::array{from(input), from(weight), from(bias), from(stride), from(padding), from(dilation),
-                                    from(groups)});
+Tensor conv_bn_relu_plain(const Tensor& input,                     // [N, C, H, W]
+                          const Tensor& weight,                    // [K, C / groups, R, S]
+                          const std::optional<Tensor>& bias,       // [K]
+                          const std::optional<Tensor>& bn_weight,  // [K]
+                          const std::optional<Tensor>& bn_bias,    // [K]
+                          const Tensor& running_mean,              // [K]
+                          const Tensor& running_var,               // [K]
+                          const std::optional<Tensor>& residual,   // [N, K, P, Q]
+                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                          int64_t groups, double eps, bool apply_relu) {
+  Tensor out = call_aten(
+      "aten::conv2d", "",
+      std::array{from(input), from(weight), from(bias), from(stride), from(padding), from(dilation), from(groups)});
   out = call_aten("aten::batch_norm", "",
                   std::array{from(out), from(bn_weight), from(bn_bias), from(std::optional<Tensor>(running_mean)),
                              from(std::optional<Tensor>(running_var)), from(false), from(0.0), from(eps), from(false)});

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -37,7 +37,7 @@ def choose(operator: str, device: str, dtype: torch.dtype) -> Choice:
     return _choose(operator, device, dtype, forced(), mkldnn_enabled)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, mkldnn_enabled: bool) -> Choice:
     choice = _forced_choice(operator, device, dtype, name) if name else _best(operator, device, dtype, mkldnn_enabled)
     if "choice" in os.environ.get("RESNET_FAST_LOG", "").split(","):
@@ -97,7 +97,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
     return {"triton": "Triton", "cuda": "CUDA C++"}[backend]
 
 
-@lru_cache(maxsize=None)
+@cache
 def onednn_runs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's fused convolution takes this dtype on this CPU (16-bit types need AVX-512 or newer)."""
     if dtype == torch.bfloat16:

@@ -40,10 +40,10 @@ from .nn.fused import conv_bn, may_fuse_input, why_plain_conv_bn, why_plain_relu
 __all__ = [
     "BasicBlock",
     "Bottleneck",
-    "ResNet",
     "ResNeXt50_32X4D_Weights",
     "ResNeXt101_32X8D_Weights",
     "ResNeXt101_64X4D_Weights",
+    "ResNet",
     "ResNet18_Weights",
     "ResNet34_Weights",
     "ResNet50_Weights",
@@ -99,9 +99,7 @@ class ResNet(tv.ResNet):
         return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1) or why_plain_relu("relu", self.relu)
 
 
-def _builder(
-    name: str, block: type, layers: list[int], weights_enum: Any, **defaults: int
-) -> Callable[..., ResNet]:
+def _builder(name: str, block: type, layers: list[int], weights_enum: Any, **defaults: int) -> Callable[..., ResNet]:
     @handle_legacy_interface(weights=("pretrained", weights_enum.IMAGENET1K_V1))
     def build(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
         weights = weights_enum.verify(weights)
@@ -143,9 +141,7 @@ resnext101_32x8d = _builder(
 resnext101_64x4d = _builder(
     "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], ResNeXt101_64X4D_Weights, groups=64, width_per_group=4
 )
-wide_resnet50_2 = _builder(
-    "wide_resnet50_2", Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights, width_per_group=128
-)
+wide_resnet50_2 = _builder("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights, width_per_group=128)
 wide_resnet101_2 = _builder(
     "wide_resnet101_2", Bottleneck, [3, 4, 23, 3], Wide_ResNet101_2_Weights, width_per_group=128
 )

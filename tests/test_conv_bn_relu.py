@@ -27,7 +27,9 @@ def problem(
     weight = values(k, c // groups, *kernel)
     if not integers:
         weight /= weight[0].numel() ** 0.5
-    geometry = dict(stride=list(stride), padding=list(padding), dilation=list(dilation), groups=groups, eps=eps, relu=relu)
+    geometry = dict(
+        stride=list(stride), padding=list(padding), dilation=list(dilation), groups=groups, eps=eps, relu=relu
+    )
     tensors = dict(
         input=values(n, c, h, w).to(dtype),
         weight=weight.to(dtype),
@@ -160,7 +162,9 @@ def test_batch_norm_of_another_dtype(dtype, bn_dtype):
     out = conv_bn_relu(**tensors, **how)
     ref = conv_bn_relu_ref(**in_double(tensors), **how)
     stock = F.conv2d(tensors["input"], tensors["weight"], padding=1)
-    stock = F.batch_norm(stock, *(tensors[v].to(dtype) for v in ("running_mean", "running_var", "bn_weight", "bn_bias")))
+    stock = F.batch_norm(
+        stock, *(tensors[v].to(dtype) for v in ("running_mean", "running_var", "bn_weight", "bn_bias"))
+    )
     assert out.dtype == dtype
     assert_accurate(out, ref, [torch.relu(stock)])
 
@@ -274,7 +278,12 @@ def raw(tensors, how):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
-    cases = (dict(bias=True, residual=True), dict(n=1, c=1, k=1, h=3, w=3, padding=(0, 0)), dict(n=0), dict(groups=8, k=8))
+    cases = (
+        dict(bias=True, residual=True),
+        dict(n=1, c=1, k=1, h=3, w=3, padding=(0, 0)),
+        dict(n=0),
+        dict(groups=8, k=8),
+    )
     for case in cases:
         tensors, how = problem(**case, dtype=dtype)
         tensors["weight"].requires_grad_()

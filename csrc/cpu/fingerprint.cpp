@@ -46,9 +46,7 @@ struct Samples {
         height(weight.size(2)),
         width(weight.size(3)) {}
 
-  int64_t per_group() const {
-    return filters * channels * height * width == 0 ? 0 : std::max(filters, channels);
-  }
+  int64_t per_group() const { return filters * channels * height * width == 0 ? 0 : std::max(filters, channels); }
 
   // Calls visit(offset of the element in the weight's storage, in elements).
   template <typename F>

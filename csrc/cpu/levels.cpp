@@ -24,9 +24,7 @@ const Level levels[] = {
     {"portable", [] { return true; }, RESNET_FAST_KERNELS(portable)},
 #if defined(__x86_64__)
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      RESNET_FAST_KERNELS(avx2)},
     {"avx512",
      [] {

@@ -17,13 +17,13 @@ struct Kernels {
 };
 
 // What a kernel file of one level exports.
-#define RESNET_FAST_DECLARE_LEVEL(level)                                                    \
-  namespace level {                                                                         \
-  void add_relu_f32(const float* a, const float* b, float* out, int64_t n);                 \
-  void add_relu_bf16(const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n);       \
-  void add_relu_f16(const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n);        \
-  bool all_finite_32(const uint32_t* x, int64_t n, uint32_t exponent_mask);                 \
-  bool all_finite_16(const uint16_t* x, int64_t n, uint16_t exponent_mask);                 \
+#define RESNET_FAST_DECLARE_LEVEL(level)                                              \
+  namespace level {                                                                   \
+  void add_relu_f32(const float* a, const float* b, float* out, int64_t n);           \
+  void add_relu_bf16(const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n); \
+  void add_relu_f16(const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n);  \
+  bool all_finite_32(const uint32_t* x, int64_t n, uint32_t exponent_mask);           \
+  bool all_finite_16(const uint16_t* x, int64_t n, uint16_t exponent_mask);           \
   }
 
 RESNET_FAST_DECLARE_LEVEL(portable)

@@ -25,11 +25,17 @@ __device__ float to_float(__half x) { return __half2float(x); }
 template <typename T>
 __device__ T from_float(float x);
 template <>
-__device__ float from_float<float>(float x) { return x; }
+__device__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // fmaxf(x, 0) would turn NaN into 0; the comparison below is false for NaN and keeps it, as torch.relu does.
 __device__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
@@ -37,10 +43,22 @@ __device__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
 // An integer of the vector's width. A struct of 16-bit floats compiles to several 32-bit loads; uint4 gives LDG.E.128.
 template <int bytes>
 struct Word;
-template <> struct Word<16> { using type = uint4; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<4> { using type = uint32_t; };
-template <> struct Word<2> { using type = uint16_t; };
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
 
 template <typename T, typename W>
 __device__ W add_relu_word(W a, W b) {

@@ -2,7 +2,6 @@
 // ../ops.cpp, kernels in the .cu files, which include no torch header.
 #include <Python.h>
 #include <cuda_runtime.h>
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -55,7 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) { m.impl("_add_relu_cuda", TORCH
 
 // Importing resnet_fast._C_cuda only loads the library; the static initialiser above does the registration.
 PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1,     nullptr,
-                               nullptr,               nullptr,   nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -97,9 +97,7 @@ class FoldedConv:
 
     def _pack(self, shape: tuple, geometry: Geometry, folded: Tensor) -> Tensor:
         g = geometry
-        weight = torch.ops.mkldnn._reorder_convolution_weight(
-            folded, g.padding, g.stride, g.dilation, g.groups, shape
-        )
+        weight = torch.ops.mkldnn._reorder_convolution_weight(folded, g.padding, g.stride, g.dilation, g.groups, shape)
         layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
         for other in list(self.packed.values()):
             if torch.equal(torch.ops.mkldnn._get_mkldnn_serialized_md(other), layout):

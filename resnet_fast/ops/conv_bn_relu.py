@@ -182,9 +182,7 @@ def _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu) -> 
     geometry = Geometry(*map(tuple, pairs), groups)
     present = [v for v in vectors if v is not None]
     key = (geometry, eps, input.dtype, *(v is None for v in vectors))
-    folded = packed_weights.get(
-        weight, present, groups, key, lambda: FoldedConv.make(input.dtype, *parameters, eps)
-    )
+    folded = packed_weights.get(weight, present, groups, key, lambda: FoldedConv.make(input.dtype, *parameters, eps))
     if not folded.usable:
         return None
     packed = folded.weight_for(input, geometry, *parameters, eps)

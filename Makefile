@@ -1,0 +1,54 @@
+# make demo: sets everything up in .venv and shows the package at work.  make test: the test suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cpp csrc/*/*/*.h)
+
+.PHONY: demo test bench lint format test-triton test-triton-aot cuda-check clean
+
+# torchvision first: it brings the torch that it is built for.
+$(SETUP): setup.py pyproject.toml $(CXX_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip install --quiet "torch>=2.11" torchvision
+	$(BIN)/pip install --quiet -e ".[test]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/resnet-fast info
+	$(BIN)/resnet-fast classify examples/photos/*.jpg --model resnet50
+	$(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32 --no-compile
+
+test: $(SETUP)
+	$(BIN)/python -m pytest tests
+
+bench: $(SETUP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+test-triton: $(SETUP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreter
+
+test-triton-aot: $(SETUP)
+	RESNET_FAST_TEST_AOT=1 $(BIN)/python -m pytest tests/triton_aot
+
+$(VENV)/.dev: $(SETUP)
+	$(BIN)/pip install --quiet -e ".[test,dev]"
+	touch $@
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Builds the CUDA part for every default architecture (a register spill is an error) and reads its machine code.
+cuda-check: $(VENV)/.dev
+	RESNET_FAST_CUDA=1 $(BIN)/pip install --quiet --no-deps -e .
+	RESNET_FAST_TEST_CUDA_BUILD=1 $(BIN)/python -m pytest tests/cuda_build
+
+clean:
+	rm -rf build dist *.egg-info resnet_fast/*.so $(VENV)

@@ -1,0 +1,195 @@
+"""Measuring: errors, times that can be compared on a noisy machine, and random models worth running."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+
+from .backends import cpu_level
+
+# A second warm-up call is cheap where the first was; where it was not, it does not matter.
+_SECOND_WARM_UP_BELOW = 1.0  # seconds
+_LEAST_SAMPLES = 3
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
+    """Sets the running statistics of every BatchNorm to those of ``images`` [N, C, H, W]; returns model in eval mode.
+
+    A freshly initialised ResNet in eval mode overflows in float16 and hides errors behind its last bias; with its own
+    statistics its activations stay near unit variance. One pass in training mode, so dropout and the like run too.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+    return model
+
+
+def relative_rms(out: Tensor, ref: Tensor) -> float:
+    """RMS(out - ref) / RMS(ref), computed in float64; NaN or inf if ``out`` is not finite or ``ref`` is 0."""
+    out, ref = out.double(), ref.double()
+    return ((out - ref).square().mean().sqrt() / ref.square().mean().sqrt()).item()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one function in seconds, the round each belongs to, and how many were dropped as disturbed."""
+
+    samples: tuple[float, ...]
+    rounds: tuple[int, ...]
+    dropped: int = 0
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def p20(self) -> float:
+        return self._quintile(0)
+
+    @property
+    def p80(self) -> float:
+        return self._quintile(3)
+
+    def _quintile(self, i: int) -> float:
+        return quantiles(self.samples, n=5, method="inclusive")[i] if len(self.samples) > 1 else self.samples[0]
+
+
+@dataclass
+class _Record:
+    # One element a round, from the first on: a function that sits out stays out.
+    samples: list[float] = field(default_factory=list)
+    disturbed: list[bool] = field(default_factory=list)
+
+    def timing(self) -> Timing:
+        kept = [i for i, bad in enumerate(self.disturbed) if not bad]
+        if 2 * len(kept) < len(self.samples):
+            kept = list(range(len(self.samples)))
+        return Timing(tuple(self.samples[i] for i in kept), tuple(kept), len(self.samples) - len(kept))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _time(function: Callable[[], object]) -> tuple[float, bool]:
+    """Seconds of one call, and whether the system took a processor away from this process meanwhile."""
+    _synchronize()
+    # Of the process, not the thread: the call is as late as the slowest of torch's worker threads.
+    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != switches
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    progress: Callable[[int], object] | None = None,
+    budget: float = float("inf"),
+) -> dict[str, Timing]:
+    """Times several functions in turn, so that a slow minute of the machine hits all of them alike.
+
+    After one or two warm-up calls of each, every function runs once a round, in an order that rotates by one from
+    round to round. Samples during which the system switched a thread of this process out are dropped, unless that
+    would leave fewer than half. CUDA is synchronised where it is in use.
+
+    Args:
+        functions: by name; what they return is thrown away.
+        rounds: at least 1.
+        progress: called with 1 for every function and round, such as ``tqdm(total=...).update``.
+        budget: seconds after which a function sits out the remaining rounds, once it has 3 samples.
+
+    Returns:
+        A Timing for each name.
+    """
+    if rounds < 1:
+        raise ValueError(f"interleaved: rounds must be at least 1, got {rounds}")
+    for function in functions.values():
+        seconds, _ = _time(function)
+        if seconds < _SECOND_WARM_UP_BELOW:
+            function()
+    names = list(functions)
+    records = {name: _Record() for name in names}
+    for i in range(rounds):
+        first = i % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            samples = records[name].samples
+            if len(samples) < _LEAST_SAMPLES or sum(samples) < budget:
+                seconds, disturbed = _time(functions[name])
+                samples.append(seconds)
+                records[name].disturbed.append(disturbed)
+            if progress is not None:
+                progress(1)
+    return {name: record.timing() for name, record in records.items()}
+
+
+def ratio(a: Timing, b: Timing) -> float:
+    """How many times as long ``a`` takes as ``b``: the median over the rounds in which both have a sample.
+
+    The ratio of the medians if there is no such round.
+    """
+    of_b = dict(zip(b.rounds, b.samples, strict=True))
+    ratios = [s / of_b[r] for r, s in zip(a.rounds, a.samples, strict=True) if r in of_b]
+    return median(ratios) if ratios else a.median / b.median
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or an architecture whose cpuinfo has no such line
+        return platform.processor() or platform.machine()
+
+
+def _isa_level() -> str:
+    try:
+        return cpu_level()
+    except RuntimeError as error:
+        return str(error)
+
+
+def environment() -> dict:
+    """Versions and hardware that a measurement depends on; goes into every JSON."""
+    from . import __version__  # not at the top: it is defined after this package's imports
+
+    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "resnet_fast": __version__,
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa_level": _isa_level(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in cuda_devices],
+    }
