@@ -1,4 +1,4 @@
-"""Benchmarks of single blocks: ``pytest benchmarks --benchmark-only`` (2 to 3 minutes on 2 cores)."""
+"""Benchmarks of single blocks: ``OMP_PROC_BIND=true pytest benchmarks --benchmark-only`` (see `resnet-fast bench -h`)."""
 
 from resnet_fast.measure import environment
 

@@ -196,8 +196,8 @@ def _weights(choice: str, enum: Any) -> _Weights:
     categories, transform = enum.DEFAULT.meta["categories"], enum.DEFAULT.transforms()
     if choice == "none":
         return _Weights("random weights", None, transform, categories)
-    if choice in ("DEFAULT", *enum.__members__):
-        member = enum.DEFAULT if choice == "DEFAULT" else enum[choice]
+    if choice in enum.__members__:  # DEFAULT is one, the other name of the best
+        member = enum[choice]
         state = _download(member)
         label = "random weights" if state is None else str(member)
         return _Weights(label, state, member.transforms(), categories)
@@ -206,7 +206,7 @@ def _weights(choice: str, enum: Any) -> _Weights:
         classes = state["fc.weight"].shape[0]
         names = categories if classes == len(categories) else [f"class {i}" for i in range(classes)]
         return _Weights(choice, state, transform, names)
-    names = ", ".join(["DEFAULT", "none", *enum.__members__])
+    names = ", ".join(["DEFAULT", "none", *(member.name for member in enum)])
     raise CliError(f"--weights {choice}: unknown; it is one of {names}, or a .pth file")
 
 
@@ -488,6 +488,9 @@ the ratios of the single rounds: 2.00 takes twice as long as resnet_fast.
 
 A function that has used up {_SECONDS_PER_FUNCTION:.0f} s in a cell and has 3 samples sits out the remaining rounds:
 bfloat16 convolutions of torch on a CPU without AVX-512 take seconds. Exit code 1 if resnet_fast itself is refused.
+
+Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
+slower for as long as the process lives.
 """
 
 

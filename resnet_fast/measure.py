@@ -190,6 +190,7 @@ def environment() -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "isa_level": _isa_level(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in cuda_devices],
     }

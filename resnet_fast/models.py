@@ -35,7 +35,7 @@ from torchvision.models.resnet import (
 )
 
 from .nn.blocks import BasicBlock, Bottleneck
-from .nn.fused import conv_bn, may_fuse_input, why_plain_conv_bn, why_plain_relu
+from .nn.fused import conv_bn, is_plain_tensor, may_fuse_input, why_plain_conv_bn, why_plain_relu
 
 __all__ = [
     "BasicBlock",
@@ -89,7 +89,7 @@ class ResNet(tv.ResNet):
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.why_plain() is None and may_fuse_input(x, self.conv1):
+            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
                 return conv_bn(x, self.conv1, self.bn1)
         return self.relu(self.bn1(self.conv1(x)))
 

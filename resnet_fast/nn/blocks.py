@@ -1,4 +1,4 @@
-"""torchvision's residual blocks with a fused forward: subclasses, so that names, initialisation and checks are its own."""
+"""torchvision's residual blocks with a fused forward: subclasses, so that names and initialisation are its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchvision.models import resnet as tv
 from .fused import (
     conv_bn,
     is_channels_last,
+    is_plain_tensor,
     may_fuse_input,
     shortcut,
     why_plain_conv_bn,
@@ -37,7 +38,7 @@ class BasicBlock(tv.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.why_plain() is None and may_fuse_input(x, self.conv1):
+            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
                 return self._fused(x)
         return self._plain(x)
 
@@ -65,7 +66,7 @@ class Bottleneck(tv.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.why_plain() is None and may_fuse_input(x, self.conv1):
+            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
                 return self._fused(x)
         return self._plain(x)
 

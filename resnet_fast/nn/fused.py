@@ -17,7 +17,9 @@ from ..ops.registration import under_transform
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_plain_tensor(t: Tensor) -> bool:
+def is_plain_tensor(t: Tensor) -> bool:
+    """Whether torch's own arithmetic applies. Asked of a block's input first: for an FX proxy nothing else may be read,
+    since every parameter looked at becomes a node of the graph."""
     # Exact types: DTensor, quantised and other subclasses have their own arithmetic. FakeTensor: torch.export.
     return type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor)
 
@@ -45,7 +47,7 @@ def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Modu
         return f"{conv_name} pads with {conv.padding_mode!r}, not zeros"
     if isinstance(conv.padding, str):
         return f"{conv_name} has padding {conv.padding!r}, not numbers"
-    if not _is_plain_tensor(conv.weight):
+    if not is_plain_tensor(conv.weight):
         return f"{conv_name}.weight is {type(conv.weight).__name__}"
     if type(bn) is nn.BatchNorm2d:
         if bn.running_mean is None or bn.running_var is None:
@@ -100,7 +102,7 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
     False for FX proxies (symbolic tracing must see torchvision's nodes), tensor subclasses, ONNX export, torch.func
     transforms and forward-mode AD, and for whatever plain torch refuses or runs as fast.
     """
-    if not _is_plain_tensor(x) or x.dim() != 4 or under_transform() or _has_any_global_hook():
+    if not is_plain_tensor(x) or x.dim() != 4 or under_transform() or _has_any_global_hook():
         return False
     if torch.onnx.is_in_onnx_export():
         return False

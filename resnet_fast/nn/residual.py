@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import conv_bn, may_fuse_input, why_plain_conv_bn
+from .fused import conv_bn, is_plain_tensor, may_fuse_input, why_plain_conv_bn
 
 
 class Residual(nn.Module):
@@ -42,7 +42,7 @@ class Residual(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.why_plain() is None and may_fuse_input(X, self.conv1):
+            if is_plain_tensor(X) and self.why_plain() is None and may_fuse_input(X, self.conv1):
                 return self._fused(X)
         Y = F.relu(self.bn1(self.conv1(X)))
         Y = self.bn2(self.conv2(Y))

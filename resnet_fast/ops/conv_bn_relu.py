@@ -38,7 +38,7 @@ def conv_bn_relu_ref(
     out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
     if {v.dtype for v in vectors if v is not None} != {input.dtype}:
-        # torch takes BatchNorm tensors of the map's dtype, or float32 ones with a 16-bit map; nothing is lost by widening.
+        # torch takes BatchNorm tensors of the map's dtype, or float32 ones with a 16-bit map; widening loses nothing.
         wide = torch.promote_types(torch.float32, input.dtype)
         vectors = tuple(None if v is None else v.to(wide) for v in vectors)
     out = F.batch_norm(out, *vectors, training=False, eps=eps)
@@ -191,7 +191,7 @@ def _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu) -> 
 
 def _channels_last(t: Tensor) -> Tensor:
     """``t`` (not an input of the operator) with exactly the strides that the fake promises."""
-    n, c, h, w = t.shape
+    _, c, h, w = t.shape
     strides = (c * h * w, 1, w * c, c)
     if t.stride() == strides:
         return t
@@ -200,7 +200,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output: Tensor) -> None:
-    (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+    (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, _,
      stride, padding, dilation, ctx.groups, ctx.eps, ctx.relu) = inputs  # fmt: skip
     ctx.pairs = _pairs(stride, padding, dilation)
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, bn_bias)]

@@ -67,7 +67,7 @@ def _functorch_active() -> bool:
 
 
 def under_transform() -> bool:
-    """Whether forward-mode AD or a `torch.func` transform is active: then only plain torch operators give its result."""
+    """Whether forward-mode AD or a `torch.func` transform is active: only plain torch operators give its result."""
     return forward_ad._current_level >= 0 or _functorch_active()
 
 

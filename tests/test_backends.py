@@ -1,0 +1,78 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import resnet_fast
+from resnet_fast.backends import forced
+
+
+def python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_every_backend_is_listed_with_a_reason():
+    found = resnet_fast.backends()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"].available and found["cpu"].available
+    assert all(b.reason for b in found.values())
+
+
+def test_switch_nests_and_returns():
+    assert forced() is None
+    with resnet_fast.use_backend("reference"):
+        with resnet_fast.use_backend("cpu"):
+            assert forced() == "cpu"
+            with resnet_fast.use_backend(None):
+                assert forced() is None
+        assert forced() == "reference"
+    assert forced() is None
+
+
+def test_switch_returns_after_an_error_and_holds_for_its_thread_alone():
+    with pytest.raises(ZeroDivisionError), resnet_fast.use_backend("reference"):
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(forced()))
+        thread.start()
+        thread.join()
+        assert seen == [None]
+        _ = 1 / 0
+    assert forced() is None
+
+
+def test_unknown_and_missing_backends_are_refused_in_words():
+    with pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda, got 'cudnn'"):
+        resnet_fast.use_backend("cudnn").__enter__()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="backend 'cuda' does not work here"):
+            resnet_fast.use_backend("cuda").__enter__()
+
+
+def test_environment_variable():
+    code = "import resnet_fast.backends as b; print(b.forced())"
+    assert python(code, RESNET_FAST_BACKEND="reference").stdout.strip() == "reference"
+    assert "must be one of" in python(code, RESNET_FAST_BACKEND="nonsense").stderr
+
+
+def test_log_of_choices():
+    code = "import torch, resnet_fast as r; r.ops.add_relu(torch.ones(2), torch.ones(2))"
+    assert "add_relu cpu torch.float32: cpu (C++" in python(code, RESNET_FAST_LOG="choice").stderr
+
+
+def test_import_is_light():
+    """No compiler, no GPU, no torchvision, no Triton."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import resnet_fast, resnet_fast.nn; "
+        "print([m for m in set(sys.modules) - before if m.split('.')[0] in ('torchvision', 'triton', 'numpy')], "
+        "torch.cuda.is_initialized())"
+    )
+    assert python(code).stdout.strip() == "[] False"
+
+
+def test_models_without_torchvision_name_the_command():
+    code = "import sys; sys.modules['torchvision'] = None; import resnet_fast.models"
+    minor = int(torch.__version__.split(".")[1]) + 15
+    assert f'"torchvision==0.{minor}.*"' in python(code).stderr

@@ -1,0 +1,311 @@
+"""The command line and the measuring behind it, run in this process."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast.backends import NAMES
+from resnet_fast.cli import OURS, RANDOM, main
+from resnet_fast.measure import Timing, calibrate, environment, interleaved, ratio, relative_rms
+
+pytest.importorskip("torchvision")
+
+PHOTO_FOLDER = Path(__file__).parent.parent / "examples" / "photos"
+PHOTOS = [str(PHOTO_FOLDER / "cat.jpg"), str(PHOTO_FOLDER / "coffee.jpg")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Two OpenMP threads that the system puts on one core wait for each other: 20 times slower than one thread.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of one command."""
+    code = main(list(argv))
+    return code, *capsys.readouterr()
+
+
+# info and explain
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert torch.__version__ in out
+    for name in NAMES:
+        assert f"\n  {name} " in out
+
+
+def test_info_json(capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["threads"] == torch.get_num_threads()
+    assert set(facts["backends"]) == set(NAMES)
+    assert facts["backends"]["reference"]["devices"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_explain(capsys, dtype):
+    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--dtype", dtype)
+    assert code == 0
+    assert f"resnet18, {dtype} on cpu, eval mode" in out
+    assert "layer4.1" in out and "of 9 blocks fused" in out
+
+
+def test_explain_train(capsys):
+    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--train")
+    assert code == 0
+    assert "training mode" in out and "0 of 9 blocks fused" in out
+
+
+def test_explain_json(capsys):
+    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["model"], found["mode"], len(found["blocks"])) == ("resnet18", "eval", 9)
+
+
+# classify
+
+CLASSIFY = ["classify", PHOTOS[0], "--model", "resnet18"]
+
+
+def check_random_labels(out, photos, topk):
+    labels = [line for line in out.splitlines() if " %  " in line]
+    assert len(labels) == photos * 2 * topk
+    assert all(RANDOM in line for line in labels)
+    differences = [line for line in out.splitlines() if "largest difference" in line]
+    assert len(differences) == photos
+    assert all(float(line.split(":")[1].split()[0]) < 1e-3 for line in differences)
+
+
+def test_classify_random(capsys):
+    argv = ["classify", *PHOTOS, "--model", "resnet18", "--weights", "none", "--topk", "3"]
+    code, out, err = run(capsys, *argv, "--device", "cpu")
+    assert (code, err) == (0, "")
+    check_random_labels(out, 2, 3)
+
+
+def test_classify_offline(capsys, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", fail)
+    code, out, err = run(capsys, *CLASSIFY, "--topk", "2", "--device", "cpu")
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert "ResNet18_Weights.IMAGENET1K_V1" in err and "no network" in err and "random" in err
+    check_random_labels(out, 1, 2)
+
+
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_classify_file(capsys, tmp_path, classes):
+    from torchvision.models import resnet18
+
+    path = str(tmp_path / "weights.pth")
+    torch.save(calibrate(resnet18(num_classes=classes), torch.randn(4, 3, 64, 64)).state_dict(), path)
+    code, out, err = run(capsys, *CLASSIFY, "--weights", path, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert RANDOM not in out and path in out
+    assert ("class " in out) == (classes == 7)
+
+
+# Mistakes
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("not an image")
+    Path("empty.jpg").write_bytes(b"")
+    Path("cut.jpg").write_bytes(Path(PHOTOS[0]).read_bytes()[:5000])
+    Path("text.pth").write_text("not weights")
+    torch.save({"weight": torch.zeros(1)}, "other.pth")
+    torch.save({"fc.weight": torch.zeros(1000, 512)}, "part.pth")
+
+
+@pytest.mark.usefixtures("bad_files")
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["classify"], "PHOTO"),
+        (["classify", "nothing.jpg"], "nothing.jpg: no such file"),
+        (["classify", "notes.txt"], "notes.txt: not an image"),
+        (["classify", "empty.jpg"], "empty.jpg: not an image"),
+        (["classify", "cut.jpg"], "cut.jpg: OSError"),
+        (["classify", "."], ".: IsADirectoryError"),
+        (["classify", PHOTOS[0], "--model", "vgg16"], "unknown model 'vgg16'; the models are resnet18, resnet34,"),
+        ([*CLASSIFY, "--topk", "0"], "at least 1, got '0'"),
+        ([*CLASSIFY, "--weights", "none", "--topk", "1001"], "from 1 to the number of classes, 1000, got 1001"),
+        ([*CLASSIFY, "--weights", "V9"], "one of DEFAULT, none, IMAGENET1K_V1, or a .pth file"),
+        ([*CLASSIFY, "--weights", "nothing.pth"], "nothing.pth: no such file"),
+        ([*CLASSIFY, "--weights", "text.pth"], "text.pth: not a file of weights"),
+        ([*CLASSIFY, "--weights", "other.pth"], "other.pth: not the state_dict of a ResNet"),
+        ([*CLASSIFY, "--weights", "part.pth"], "part.pth: not weights of this model"),
+        (["explain", "resnet19"], "unknown model 'resnet19'"),
+        (["explain", "resnet18", "--dtype", "int8"], "int8"),
+        (["bench", "resnet18", "resnet19"], "unknown model 'resnet19'"),
+        (["bench", "--rounds", "0"], "at least 1, got '0'"),
+        (["bench", "--batch", "x"], "at least 1, got 'x'"),
+        (["bench", "resnet18", "--json", "no/such/folder.json"], "no/such/folder.json: No such file or directory"),
+    ],
+)
+def test_mistakes(capsys, argv, words):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("resnet-fast: error: ")
+    assert words in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [["explain", "resnet18"], ["bench"], CLASSIFY])
+def test_no_cuda(capsys, command):
+    code, _, err = run(capsys, *command, "--device", "cuda")
+    assert code == 2
+    assert "no CUDA device" in err
+
+
+def test_without_torchvision(capsys, monkeypatch):
+    # None in sys.modules makes the import fail, as if the module were not there.
+    monkeypatch.setitem(sys.modules, "resnet_fast.models", None)
+    monkeypatch.delattr("resnet_fast.models", raising=False)
+    code, _, err = run(capsys, "bench")
+    assert code == 2
+    assert "resnet_fast.models" in err
+
+
+@pytest.mark.parametrize("command", ["", "info", "classify", "explain", "bench"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*filter(None, [command]), "--help"])
+    assert stop.value.code == 0
+    assert "usage: resnet-fast" in capsys.readouterr().out
+
+
+# bench
+
+BENCH = ["bench", "resnet18", "--batch", "1", "--no-compile", "--rounds", "2", "--dtype", "float32", "--device", "cpu"]
+
+
+def test_bench(capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    code, out, _ = run(capsys, *BENCH, "--json", str(path))
+    assert code == 0
+    assert "resnet18, batch 1, float32" in out and out.count("fastest") == 1
+
+    found = json.loads(path.read_text())
+    assert found["environment"] == environment()
+    (cell,) = found["cells"]
+    assert (cell["model"], cell["batch"], cell["dtype"], cell["device"]) == ("resnet18", 1, "float32", "cpu")
+    assert set(cell["peers"]) == {OURS, "torch", "torch channels_last"}
+    for peer in cell["peers"].values():
+        assert peer["refused"] is None
+        assert peer["relative_rms"] < 1e-4
+        assert len(peer["samples_ms"]) + peer["dropped"] == 2
+
+
+def test_bench_refuses_a_wrong_output(capsys, monkeypatch):
+    from resnet_fast.models import ResNet
+
+    right = ResNet._forward_impl
+    monkeypatch.setattr(ResNet, "_forward_impl", lambda self, x: right(self, x) * 1.01)
+    code, out, _ = run(capsys, *BENCH)
+    assert code == 1
+    assert f"{OURS}: wrong output: not timed" in out
+
+
+# measure
+
+
+def test_calibrate():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, momentum=0.3))
+    images = 50 * torch.randn(4, 3, 16, 16) + 7
+    assert calibrate(model, images) is model
+    assert not any(m.training for m in model.modules())
+    assert [model[1].momentum, model[3].momentum] == [0.1, 0.3]
+    assert all(p.grad is None for p in model.parameters())
+
+    out = model(images)
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_calibrate_restores_momentum_after_an_error():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Linear(3, 1))
+    with pytest.raises(RuntimeError):
+        calibrate(model, torch.randn(2, 3, 4, 4))
+    assert model[0].momentum == 0.1 and not model.training
+
+
+def test_relative_rms():
+    ref = torch.tensor([3.0, 4.0])
+    assert relative_rms(ref, ref) == 0
+    assert relative_rms(ref * 1.5, ref) == 0.5
+    assert relative_rms(torch.tensor([3.0, 9.0], dtype=torch.bfloat16), ref) == 1
+    assert not relative_rms(torch.tensor([3.0, float("nan")]), ref) < 1
+    assert relative_rms(torch.tensor([3.0, float("inf")]), ref) == float("inf")
+
+
+def test_interleaved_order():
+    calls, ticks = [], []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = interleaved(functions, 4, ticks.append)
+    assert calls == [*"aabbcc", *"abc", *"bca", *"cab", *"abc"]  # warm-up, then the rounds
+    assert ticks == [1] * 12
+    for timing in timings.values():
+        assert len(timing.samples) == len(timing.rounds) == 4 - timing.dropped
+        assert len(timing.samples) >= 2 and min(timing.samples) >= 0
+
+
+def test_interleaved_budget():
+    calls = []
+    functions = {"slow": lambda: (calls.append("slow"), time.sleep(0.01)), "fast": lambda: calls.append("fast")}
+    timings = interleaved(functions, 10, budget=0.005)
+    assert calls.count("slow") == 2 + 3  # the warm-up and the least number of samples
+    assert calls.count("fast") == 2 + 10
+    assert timings["slow"].median >= 0.01
+
+
+def test_interleaved_drops_disturbed_samples(monkeypatch):
+    from resnet_fast import measure
+
+    def times(samples):
+        later = iter([(0.0, False), *samples])
+        monkeypatch.setattr(measure, "_time", lambda function: next(later))
+        return interleaved({"f": lambda: None}, len(samples))["f"]
+
+    assert times([(1.0, False), (9.0, True), (3.0, False)]) == Timing((1.0, 3.0), (0, 2), 1)
+    assert times([(1.0, True), (9.0, True), (3.0, False)]) == Timing((1.0, 9.0, 3.0), (0, 1, 2), 0)
+
+
+def test_interleaved_bad_rounds():
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        interleaved({}, 0)
+
+
+def test_timing():
+    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0), tuple(range(6)))
+    assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
+    one = Timing((2.0,), (0,))
+    assert (one.p20, one.median, one.p80) == (2.0, 2.0, 2.0)
+
+
+def test_ratio():
+    a = Timing((2.0, 30.0, 4.0), (0, 1, 3))
+    b = Timing((1.0, 10.0, 100.0, 1.0), (0, 1, 2, 3))
+    assert ratio(a, b) == 3  # of 2, 3 and 4
+    assert ratio(Timing((6.0,), (0,)), Timing((2.0,), (1,))) == 3
