@@ -153,11 +153,11 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _photo(path: str) -> Any:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # telephones store photos lying down
     except FileNotFoundError:
         raise CliError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen classes on broken files

@@ -52,7 +52,7 @@ def test_unknown_and_missing_backends_are_refused_in_words():
 
 
 def test_environment_variable():
-    code = "import resnet_fast.backends as b; print(b.forced())"
+    code = "from resnet_fast.backends import forced; print(forced())"
     assert python(code, RESNET_FAST_BACKEND="reference").stdout.strip() == "reference"
     assert "must be one of" in python(code, RESNET_FAST_BACKEND="nonsense").stderr
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..choose import Choice, choose
 from ..ops import conv_bn_relu
-from ..ops.registration import under_transform
+from ..ops.registration import constant_when_compiled, under_transform
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -88,7 +88,7 @@ def choice_for(conv: nn.Conv2d) -> Choice:
         return Choice("reference", "torch", str(error))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _fused_backend(device_type: str, dtype: torch.dtype) -> bool:
     try:
         return choose("conv_bn_relu", device_type, dtype).backend != "reference"

@@ -61,7 +61,13 @@ def autocast_tensor(t: Tensor | None, device_type: str) -> Tensor | None:
     return t.to(dtype) if castable and t.device.type == device_type else t
 
 
-@torch.compiler.assume_constant_result  # dynamo would put the call into its graph and take the result for "not None"
+def constant_when_compiled(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result` without its import of all of dynamo, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled  # dynamo would put the call into its graph and take the result for "not None"
 def _functorch_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -150,6 +150,12 @@ CONVS = {
     "depthwise": Conv(32, 32, groups=32),
     "odd channels": Conv(65, 33, residual=True, bias=True, affine=False),
     "few filters": Conv(96, 17),
+    "worst": Conv(
+        72, 64, residual=True, bias=True, batch=2**31 // (72 * 56 * 56) + 1, memory_format=torch.contiguous_format
+    ),
+    "worst elements": Conv(
+        65, 65, residual=True, bias=True, batch=2**31 // (65 * 56 * 56) + 1, memory_format=torch.contiguous_format
+    ),
     "64-bit offsets": Conv(64, 64, residual=True, bias=True, batch=2**31 // (64 * 56 * 56) + 1),
     "64-bit offsets, stem": Conv(3, 64, size=7, stride=2, batch=2**31 // (3 * 56 * 56) + 1),
 }
@@ -179,7 +185,7 @@ def compile_conv(conv: Conv, dtype, arch, monkeypatch, folder) -> Report:
     return report(kernel.compiled[0], arch, folder)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tensor_core_instruction(arch: int) -> str:
     return {80: r"HMMA.*", 90: r"HGMMA.*|HMMA.*"}[arch]
 
@@ -194,6 +200,19 @@ def assert_sound(r: Report, arch: int) -> None:
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_bn_relu(name, dtype, arch, monkeypatch, tmp_path):
     r = compile_conv(CONVS[name], dtype, arch, monkeypatch, tmp_path)
-    print("\nROW", arch, name, dtype, r.registers, r.spilled, r.shared, r.count("HGMMA.*"), r.count("HMMA.*"), r.count("LDGSTS.*128.*"), r.count("LDGSTS.*"), r.warnings)
+    print(
+        "\nROW",
+        arch,
+        name,
+        dtype,
+        r.registers,
+        r.spilled,
+        r.shared,
+        r.count("HGMMA.*"),
+        r.count("HMMA.*"),
+        r.count("LDGSTS.*128.*"),
+        r.count("LDGSTS.*"),
+        r.warnings,
+    )
     assert_sound(r, arch)
     assert r.count(tensor_core_instruction(arch)) > 0
