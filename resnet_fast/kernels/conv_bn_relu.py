@@ -85,14 +85,16 @@ def conv_bn_relu_kernel(
 ):  # fmt: skip
     # Columns run fastest: programs side by side read the same input rows, and the weight is small enough for L2.
     pid = tl.program_id(0)
-    offs_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        pid = pid.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
     column_tiles = tl.cdiv(K, BLOCK_N)
+    tile_n = pid % column_tiles
     group = pid // column_tiles % GROUPS
-    offs_m = pid // (column_tiles * GROUPS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m = pid // column_tiles // GROUPS
+    offs_k = tl.arange(0, BLOCK_K)
+    if WIDE:  # from here on; the divisions above fit into 32 bits, as a grid does
+        tile_n, group, tile_m = tile_n.to(tl.int64), group.to(tl.int64), tile_m.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = offs_m < rows
     column_ok = offs_n < K
     columns = group * K + offs_n  # filters, counted over all groups
@@ -131,8 +133,7 @@ def conv_bn_relu_kernel(
             s = tap % S
             c = step % STEPS * BLOCK_K + offs_k
             if WIDE:
-                r = r.to(tl.int64)
-                s = s.to(tl.int64)
+                r, s = r.to(tl.int64), s.to(tl.int64)
             h = h0 + r * DIL_H
             w = w0 + s * DIL_W
             inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W) & row_ok)[:, None]
