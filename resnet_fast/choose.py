@@ -77,7 +77,7 @@ def _best(operator: str, device: str, dtype: torch.dtype, mkldnn_enabled: bool) 
             return choice("reference", "torch.backends.mkldnn.enabled is False")
         return choice("cpu", "fused: one pass over the output")
     if device == "cuda":
-        # One pass (read a, read b, write) where torch makes two (3 + 2 transfers): cannot lose.
+        # One pass (read a, read b, write) where torch makes two (3 + 2 transfers); not yet measured.
         if operator == "add_relu":
             for name in ("cuda", "triton"):
                 if "cuda" in backends()[name].devices:
