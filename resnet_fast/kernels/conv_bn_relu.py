@@ -33,17 +33,18 @@ class ConvConfig:
 
 _BIG = ConvConfig(256, 128, 64, 1, 1)
 
-# By target, kind of product and kind of access to the input. The defaults are not tuned: they compile for sm_80 and
-# sm_90 without a spill in every variant (tests/triton_aot), with 72 KB of shared memory at most.
+# By target, kind of product and kind of access. The defaults are not tuned: they compile for sm_80 and sm_90 without a
+# spill in all variants of tests/triton_aot, by Triton 3.6 and 3.8, with 72 KB of shared memory at most.
 CONFIGS: dict[str, dict[tuple[str, str], ConvConfig]] = {
     # An operation costs 70 us in the interpreter whatever the tile's size, so few programs with big tiles.
     "interpreter": {(p, a): _BIG for p in ("16-bit", "tf32", "ieee") for a in ("vectors", "elements")},
     "default": {
         ("16-bit", "vectors"): ConvConfig(128, 64, 64, 4, 3),
         ("tf32", "vectors"): ConvConfig(128, 64, 32, 4, 3),
-        # Every element has an address and a mask of its own in registers: the tile above spills up to 20 KB a thread.
+        # Every element has an address and a mask of its own in registers: with odd channels the tiles above spill on
+        # sm_90 (2.8 KB of stores and loads in bfloat16).
         ("16-bit", "elements"): ConvConfig(128, 64, 32, 8, 2),
-        ("tf32", "elements"): ConvConfig(128, 64, 32, 8, 2),
+        ("tf32", "elements"): ConvConfig(64, 64, 16, 4, 2),
         # No tensor cores: the operands pass through registers.
         ("ieee", "vectors"): ConvConfig(64, 32, 16, 4, 2),
         ("ieee", "elements"): ConvConfig(64, 32, 16, 4, 2),
@@ -179,8 +180,11 @@ def _tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
-def _config(x: Tensor, weight: Tensor, filters: int) -> tuple[ConvConfig, str]:
-    """The tile for a group of ``filters`` columns, and tl.dot's input_precision. ``x`` is channels_last."""
+def _config(x: Tensor, weight: Tensor, residual: Tensor | None, filters: int, wide: bool) -> tuple[ConvConfig, str]:
+    """The tile for a group of ``filters`` columns, and tl.dot's input_precision.
+
+    ``x`` and ``residual`` are channels_last.
+    """
     # The precision matters for float32 only; "ieee" is what 16-bit products are anyway.
     precision = "tf32" if x.dtype == torch.float32 and _tf32_allowed() else "ieee"
     product = precision if x.dtype == torch.float32 else "16-bit"
@@ -188,8 +192,12 @@ def _config(x: Tensor, weight: Tensor, filters: int) -> tuple[ConvConfig, str]:
 
     _, channels, *window = weight.shape
     config = configs[product, "vectors"]
-    aligned = channels * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    if channels < config.block_k or not aligned:
+    # What a vector of 16 bytes needs: whole vectors in each pixel of input and output, and neighbours in the weight.
+    vectors = weight.stride(1) == 1
+    vectors = vectors and all(n * x.element_size() % 16 == 0 for n in (channels, filters))
+    vectors = vectors and all(t is None or t.data_ptr() % 16 == 0 for t in (x, weight, residual))
+    # 64-bit addresses need twice the registers, so they count as elements.
+    if wide or not vectors or channels < config.block_k:
         config = configs[product, "elements"]
 
     def fit(block: int, size: int) -> int:
@@ -235,7 +243,8 @@ def conv_bn_relu_triton(
     n, k, p, q = out.shape
     channels = weight.shape[1]
     filters = k // groups
-    config, precision = _config(x, weight, filters)
+    wide = _needs_int64(x, weight, out, padding)
+    config, precision = _config(x, weight, r, filters, wide)
     # One dimension for all three (rows, groups, columns): the others end at 65535, fewer than the groups may be.
     grid = (triton.cdiv(n * p * q, config.block_m) * groups * triton.cdiv(filters, config.block_n),)
     # Triton launches on the current device, which need not be the tensors' one.
@@ -248,7 +257,7 @@ def conv_bn_relu_triton(
             PAD_H=padding[0], PAD_W=padding[1],
             DIL_H=dilation[0], DIL_W=dilation[1],
             GROUPS=groups, RELU=relu, PRECISION=precision,
-            WIDE=_needs_int64(x, weight, out, padding),
+            WIDE=wide,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

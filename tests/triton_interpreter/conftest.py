@@ -1,0 +1,33 @@
+"""Runs the Triton kernels on the CPU: `TRITON_INTERPRET=1 pytest tests/triton_interpreter`.
+
+Only then, and in a process of its own: Triton decides when it is imported whether it interprets or compiles.
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET", "0") == "1" else ["test_*.py"]
+
+
+def pytest_pycollect_makemodule():
+    """The whole folder is skipped, in words, where it cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def faithful_interpreter():
+    from .interpreter import check_memory, repair_bfloat16
+
+    repair_bfloat16()
+    check_memory()
+
+
+@pytest.fixture
+def triton_backend():
+    import resnet_fast
+
+    with resnet_fast.use_backend("triton"):
+        yield
