@@ -17,7 +17,7 @@ $(SETUP): setup.py pyproject.toml $(CXX_FILES)
 demo: $(SETUP)
 	$(BIN)/resnet-fast info
 	$(BIN)/resnet-fast classify examples/photos/*.jpg --model resnet50
-	$(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32 --no-compile
+	$(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32
 
 test: $(SETUP)
 	$(BIN)/python -m pytest tests

@@ -35,7 +35,7 @@ def repair_bfloat16() -> None:
     """Makes casts and products of bfloat16 right, and every other arithmetic on it an error.
 
     The interpreter keeps bfloat16 as uint16 and computes with those integers, without a word; its casts from float32
-    cut off (triton-lang/triton issue 11584). Kernels here compute in float32, so arithmetic needs no repair.
+    cut off. Kernels here compute in float32, so arithmetic needs no repair.
     """
     builder = InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
