@@ -5,34 +5,24 @@
 // (underscore), each of which is one C++ or CUDA kernel. The CompositeExplicitAutograd kernels below are the plain
 // stock-torch versions: a process that loads this library without the Python package still runs every graph, only
 // not fused.
-#include "cpu/ops.h"
-
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <optional>
 #include <vector>
 
+#include "cpu/ops.h"
+#include "dispatch.h"
+
 namespace {
 
+using resnet_fast::call;
 using torch::stable::Tensor;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
 
-template <size_t N>
-Tensor call_aten(const char* name, const char* overload, std::array<StableIValue, N> stack) {
-  STD_TORCH_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) == 0, name, " failed");
-  return to<Tensor>(stack[0]);
-}
+Tensor relu(const Tensor& x) { return call("aten::relu", "", x); }
 
-Tensor add(const Tensor& a, const Tensor& b) {
-  return call_aten("aten::add", "Tensor", std::array{from(a), from(b), from(1.0)});
-}
-
-Tensor relu(const Tensor& x) { return call_aten("aten::relu", "", std::array{from(x)}); }
+Tensor add(const Tensor& a, const Tensor& b) { return call("aten::add", "Tensor", a, b, 1.0); }
 
 Tensor add_relu_plain(const Tensor& a, const Tensor& b) { return relu(add(a, b)); }
 
@@ -46,12 +36,9 @@ Tensor conv_bn_relu_plain(const Tensor& input,                     // [N, C, H, 
                           const std::optional<Tensor>& residual,   // [N, K, P, Q]
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                           int64_t groups, double eps, bool apply_relu) {
-  Tensor out = call_aten(
-      "aten::conv2d", "",
-      std::array{from(input), from(weight), from(bias), from(stride), from(padding), from(dilation), from(groups)});
-  out = call_aten("aten::batch_norm", "",
-                  std::array{from(out), from(bn_weight), from(bn_bias), from(std::optional<Tensor>(running_mean)),
-                             from(std::optional<Tensor>(running_var)), from(false), from(0.0), from(eps), from(false)});
+  Tensor out = call("aten::conv2d", "", input, weight, bias, stride, padding, dilation, groups);
+  const std::optional<Tensor> mean = running_mean, var = running_var;
+  out = call("aten::batch_norm", "", out, bn_weight, bn_bias, mean, var, false, 0.0, eps, false);
   if (residual.has_value()) out = add(out, *residual);
   return apply_relu ? relu(out) : out;
 }
@@ -68,6 +55,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("add_relu(Tensor a, Tensor b) -> Tensor");
 
   m.def("_add_relu_cpu(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "_conv_bn_relu_cpu(Tensor input, Tensor packed_weight, Tensor folded_bias, Tensor? residual, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor");
   m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
@@ -86,6 +76,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));
   m.impl("_fingerprint_matches", TORCH_BOX(&resnet_fast::fingerprint_matches));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, MkldnnCPU, m) {  // the key of a packed weight
+  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_cpu));
 }
 
 // Importing resnet_fast._C only loads the library; the static initialisers above do the registration.

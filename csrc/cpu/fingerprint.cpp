@@ -16,10 +16,10 @@
 namespace resnet_fast {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t element_size(const Tensor& t) {
-  using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return 8;
@@ -34,53 +34,110 @@ int64_t element_size(const Tensor& t) {
   return 0;
 }
 
-// Elements sampled per group: pair i is (filter i mod filters, channel i mod channels), so max(filters, channels)
-// pairs visit every filter and every channel; the kernel tap moves along too.
-struct Samples {
-  int64_t groups, filters, channels, height, width;
+// The sampled elements, group by group: sample i is (filter i mod filters, channel i mod channels), so max(filters,
+// channels) samples visit every filter and every channel; the kernel tap moves along too.
+class Samples {
+ public:
+  Samples(const Tensor& weight, int64_t groups)
+      : groups_(groups),
+        filters_(weight.size(0) / groups),
+        channels_(weight.size(1)),
+        filter_stride_(weight.stride(0)),
+        channel_stride_(weight.stride(1)) {
+    for (int64_t r = 0; r < weight.size(2); ++r)
+      for (int64_t s = 0; s < weight.size(3); ++s) taps_.push_back(r * weight.stride(2) + s * weight.stride(3));
+  }
 
-  Samples(const Tensor& weight, int64_t groups_)
-      : groups(groups_),
-        filters(weight.size(0) / groups_),
-        channels(weight.size(1)),
-        height(weight.size(2)),
-        width(weight.size(3)) {}
+  int64_t count() const {
+    return filters_ * channels_ == 0 || taps_.empty() ? 0 : groups_ * std::max(filters_, channels_);
+  }
 
-  int64_t per_group() const { return filters * channels * height * width == 0 ? 0 : std::max(filters, channels); }
-
-  // Calls visit(offset of the element in the weight's storage, in elements).
+  // Calls visit(offset of a sample in elements) count() times. Counters and no divisions, so that the processor keeps
+  // many of these cache misses in flight.
   template <typename F>
-  void each(const Tensor& weight, const F& visit) const {
-    const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
-    const int64_t n = per_group();
-    for (int64_t g = 0; g < groups; ++g)
+  void each(const F& visit) const {
+    if (count() == 0) return;
+    const int64_t n = std::max(filters_, channels_), taps = static_cast<int64_t>(taps_.size());
+    for (int64_t g = 0; g < groups_; ++g) {
+      int64_t k = 0, c = 0, tap = 0;
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t tap = i % (height * width);
-        visit((g * filters + i % filters) * sk + (i % channels) * sc + (tap / width) * sr + (tap % width) * ss);
+        visit((g * filters_ + k) * filter_stride_ + c * channel_stride_ + taps_[tap]);
+        if (++k == filters_) k = 0;
+        if (++c == channels_) c = 0;
+        if (++tap == taps) tap = 0;
       }
+    }
+  }
+
+ private:
+  int64_t groups_, filters_, channels_, filter_stride_, channel_stride_;
+  std::vector<int64_t> taps_;  // offsets of the kernel's positions
+};
+
+// Copies elements into a fingerprint.
+struct Writer {
+  char* next;
+
+  void bytes(const void* data, int64_t n) {
+    std::memcpy(next, data, n);
+    next += n;
+  }
+  template <typename T>
+  void samples(const Samples& samples, const T* weight) {
+    samples.each([&](int64_t offset) { bytes(weight + offset, sizeof(T)); });
   }
 };
 
-// Walks the fingerprint's pieces in order: visit(address, bytes).
-template <typename F>
-void each_piece(const Tensor& weight, int64_t groups, const std::vector<Tensor>& vectors, const F& visit) {
+// Compares elements with a fingerprint.
+struct Comparer {
+  const char* next;
+  bool same = true;
+
+  void bytes(const void* data, int64_t n) {
+    same = same && std::memcmp(next, data, n) == 0;
+    next += n;
+  }
+  template <typename T>
+  void samples(const Samples& samples, const T* weight) {
+    T difference = 0;
+    samples.each([&](int64_t offset) {
+      T stored;
+      std::memcpy(&stored, next, sizeof(T));
+      next += sizeof(T);
+      difference |= stored ^ weight[offset];
+    });
+    same = same && difference == 0;
+  }
+};
+
+// Hands the fingerprint's parts to a Writer or a Comparer, always in the same order.
+template <typename Visitor>
+void visit(Visitor& visitor, const Tensor& weight, const Samples& samples, const std::vector<Tensor>& vectors) {
   for (const Tensor& v : vectors) {
+    const ScalarType dtype = v.scalar_type();  // a view in another dtype has the same bytes
+    visitor.bytes(&dtype, sizeof(dtype));
     const char* data = static_cast<const char*>(v.const_data_ptr());
     const int64_t size = element_size(v);
-    if (v.dim() == 1 && v.stride(0) == 1) {
-      visit(data, v.numel() * size);
+    if (v.stride(0) == 1) {
+      visitor.bytes(data, v.numel() * size);
     } else {
-      for (int64_t i = 0; i < v.numel(); ++i) visit(data + i * v.stride(0) * size, size);
+      for (int64_t i = 0; i < v.numel(); ++i) visitor.bytes(data + i * v.stride(0) * size, size);
     }
   }
-  const char* data = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t size = element_size(weight);
-  Samples(weight, groups).each(weight, [&](int64_t offset) { visit(data + offset * size, size); });
+  const void* data = weight.const_data_ptr();
+  switch (element_size(weight)) {
+    case 2:
+      return visitor.samples(samples, static_cast<const uint16_t*>(data));
+    case 4:
+      return visitor.samples(samples, static_cast<const uint32_t*>(data));
+    default:
+      return visitor.samples(samples, static_cast<const uint64_t*>(data));
+  }
 }
 
-int64_t fingerprint_bytes(const Tensor& weight, int64_t groups, const std::vector<Tensor>& vectors) {
-  int64_t bytes = groups * Samples(weight, groups).per_group() * element_size(weight);
-  for (const Tensor& v : vectors) bytes += v.numel() * element_size(v);
+int64_t fingerprint_bytes(const Tensor& weight, const Samples& samples, const std::vector<Tensor>& vectors) {
+  int64_t bytes = samples.count() * element_size(weight);
+  for (const Tensor& v : vectors) bytes += sizeof(ScalarType) + v.numel() * element_size(v);
   return bytes;
 }
 
@@ -94,26 +151,21 @@ void check(const Tensor& weight, int64_t groups, const std::vector<Tensor>& vect
 
 Tensor fingerprint(const Tensor& weight, int64_t groups, const std::vector<Tensor>& vectors) {
   check(weight, groups, vectors);
-  Tensor out = torch::stable::empty({fingerprint_bytes(weight, groups, vectors)}, torch::headeronly::ScalarType::Byte);
-  char* next = static_cast<char*>(out.mutable_data_ptr());
-  each_piece(weight, groups, vectors, [&](const char* data, int64_t bytes) {
-    std::memcpy(next, data, bytes);
-    next += bytes;
-  });
+  const Samples samples(weight, groups);
+  Tensor out = torch::stable::empty({fingerprint_bytes(weight, samples, vectors)}, ScalarType::Byte);
+  Writer writer{static_cast<char*>(out.mutable_data_ptr())};
+  visit(writer, weight, samples, vectors);
   return out;
 }
 
 bool fingerprint_matches(const Tensor& fingerprint, const Tensor& weight, int64_t groups,
                          const std::vector<Tensor>& vectors) {
   check(weight, groups, vectors);
-  if (fingerprint.numel() != fingerprint_bytes(weight, groups, vectors)) return false;
-  const char* next = static_cast<const char*>(fingerprint.const_data_ptr());
-  bool same = true;
-  each_piece(weight, groups, vectors, [&](const char* data, int64_t bytes) {
-    same = same && std::memcmp(next, data, bytes) == 0;
-    next += bytes;
-  });
-  return same;
+  const Samples samples(weight, groups);
+  if (fingerprint.numel() != fingerprint_bytes(weight, samples, vectors)) return false;
+  Comparer comparer{static_cast<const char*>(fingerprint.const_data_ptr())};
+  visit(comparer, weight, samples, vectors);
+  return comparer.same;
 }
 
 }  // namespace resnet_fast

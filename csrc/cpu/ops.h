@@ -4,11 +4,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace resnet_fast {
 
 torch::stable::Tensor add_relu_cpu(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+
+// relu(conv2d(input, weight, bias) + residual) with BatchNorm folded in and the weight packed: see conv_bn_relu.cpp.
+torch::stable::Tensor conv_bn_relu_cpu(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                       const torch::stable::Tensor& folded_bias,
+                                       const std::optional<torch::stable::Tensor>& residual,
+                                       std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                       std::vector<int64_t> dilation, int64_t groups, bool relu);
 
 // True if no element is NaN or infinite. `input` must be dense (any order of dimensions).
 bool all_finite(const torch::stable::Tensor& input);

@@ -1,14 +1,15 @@
-"""conv_bn_relu on the CPU through oneDNN's fused convolution, as torch exposes it.
+"""conv_bn_relu on the CPU through oneDNN's fused convolution: what is prepared once for csrc/cpu/conv_bn_relu.cpp.
 
-One oneDNN call computes the convolution with bias, residual and ReLU. BatchNorm is folded into weight and bias in
-float32, and the weight is reordered once per input shape into the blocked layout that oneDNN asks for (without that,
-oneDNN reorders it in every call: ResNet-18 at batch 1 takes 330 ms instead of 33 ms on 2 Zen 3 cores).
+BatchNorm is folded into weight and bias in float32, and the weight is reordered once per input shape into the blocked
+layout that oneDNN asks for (without that, oneDNN reorders it in every call: ResNet-18 at batch 1 takes 330 ms instead
+of 33 ms on 2 Zen 3 cores).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,20 @@ from ..choose import onednn_runs
 _SHAPES_PER_WEIGHT = 8
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Stride, padding, dilation ([2] each, height first) and groups of a convolution."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
     groups: int
+
+
+class Packed(NamedTuple):
+    """What one input shape [N, C, H, W] needs."""
+
+    weight: Tensor  # [K, C / groups, R, S] in oneDNN's layout
+    output_size: torch.Size  # [N, K, P, Q]
 
 
 def fold(
@@ -73,67 +80,33 @@ class FoldedConv:
 
     bias: Tensor  # [K], in dtype
     dtype: torch.dtype  # what oneDNN computes in
+    geometry: Geometry
     usable: bool
-    packed: OrderedDict[tuple, Tensor] = field(default_factory=OrderedDict)  # input shape -> weight in oneDNN's layout
+    packed: OrderedDict[torch.Size, Packed] = field(default_factory=OrderedDict)  # by input shape
 
     @classmethod
-    def make(cls, dtype: torch.dtype, *parameters) -> FoldedConv:
+    def make(cls, dtype: torch.dtype, geometry: Geometry, *parameters) -> FoldedConv:
         """``parameters`` as `fold` takes them; ``dtype`` is that of the activations."""
         weight, bias = fold(*parameters)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
         dtype = _compute_dtype(weight, dtype)
-        return cls(bias.to(dtype), dtype, usable)
+        return cls(bias.to(dtype), dtype, geometry, usable)
 
-    def weight_for(self, input: Tensor, geometry: Geometry, *parameters) -> Tensor:
-        """The packed weight for this input's shape; packed at the first meeting."""
-        shape = tuple(input.shape)
-        weight = self.packed.get(shape)
-        if weight is None:
-            weight = self._pack(shape, geometry, fold(*parameters)[0].to(self.dtype))
-            self.packed[shape] = weight
-            if len(self.packed) > _SHAPES_PER_WEIGHT:
-                self.packed.pop(next(iter(self.packed)), None)
-        return weight
+    def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> None:
+        """Packs the weight for inputs of this shape, if it is not yet; ``parameters`` as `fold` takes them."""
+        if input_shape in self.packed:
+            return
+        folded = fold(*parameters)[0].to(self.dtype)
+        weight = self._in_onednn_layout(folded, input_shape)
+        self.packed[input_shape] = Packed(weight, torch.Size(output_size))
+        if len(self.packed) > _SHAPES_PER_WEIGHT:
+            self.packed.pop(next(iter(self.packed)), None)
 
-    def _pack(self, shape: tuple, geometry: Geometry, folded: Tensor) -> Tensor:
-        g = geometry
-        weight = torch.ops.mkldnn._reorder_convolution_weight(folded, g.padding, g.stride, g.dilation, g.groups, shape)
+    def _in_onednn_layout(self, folded: Tensor, input_shape: torch.Size) -> Tensor:
+        stride, padding, dilation, groups = self.geometry
+        weight = torch.ops.mkldnn._reorder_convolution_weight(folded, padding, stride, dilation, groups, input_shape)
         layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
         for other in list(self.packed.values()):
-            if torch.equal(torch.ops.mkldnn._get_mkldnn_serialized_md(other), layout):
-                return other
+            if torch.equal(torch.ops.mkldnn._get_mkldnn_serialized_md(other.weight), layout):
+                return other.weight
         return weight
-
-
-def conv_relu_onednn(
-    input: Tensor,  # [N, C, H, W], any strides
-    weight: Tensor,  # from FoldedConv.weight_for
-    bias: Tensor,  # [K]
-    residual: Tensor | None,  # [N, K, P, Q], any strides
-    geometry: Geometry,
-    relu: bool,
-) -> Tensor:
-    """relu(conv2d(input, weight, bias) + residual) in one oneDNN call; [N, K, P, Q], channels_last, input's dtype."""
-    dtype = input.dtype
-    x = input.contiguous(memory_format=torch.channels_last)
-    r = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    # oneDNN's fused ReLU turns NaN into 0. A NaN in the result comes from a NaN or an infinity in what is read (weights
-    # were checked when folded), so those are looked for first: one read at 25 GB/s, by estimate 2-3 % of ResNet-50.
-    finite = not relu or (_all_finite(x) and (r is None or _all_finite(r)))
-    x = x.to(bias.dtype)
-    r = None if r is None else r.to(bias.dtype)
-
-    geometry_args = (geometry.padding, geometry.stride, geometry.dilation, geometry.groups)
-    activation = "relu" if relu and finite else None
-    if r is None:
-        out = _convolution(x, weight, bias, *geometry_args, activation or "none", [], "")
-    else:
-        out = _convolution_binary(x, r, weight, bias, *geometry_args, "add", 1.0, activation, [], "")
-    if relu and not finite:
-        out = out.relu_()
-    return out.to(dtype)
-
-
-_all_finite = torch.ops.resnet_fast._all_finite.default
-_convolution = torch.ops.mkldnn._convolution_pointwise.default
-_convolution_binary = torch.ops.mkldnn._convolution_pointwise.binary

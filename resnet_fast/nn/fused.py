@@ -14,9 +14,6 @@ from ..choose import Choice, choose
 from ..ops import conv_bn_relu
 from ..ops.registration import constant_when_compiled, under_transform
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether torch's own arithmetic applies. Asked of a block's input first: for an FX proxy nothing else may be read,
     since every parameter looked at becomes a node of the graph."""
@@ -26,9 +23,8 @@ def is_plain_tensor(t: Tensor) -> bool:
 
 def altered(name: str, module: nn.Module) -> str | None:
     """Why calling ``module`` may do more than its class's forward, or None."""
-    for hooks in _HOOKS:
-        if getattr(module, hooks):
-            return f"{name} has hooks"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks"
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced"
     return None
@@ -96,26 +92,31 @@ def _fused_backend(device_type: str, dtype: torch.dtype) -> bool:
         return False
 
 
+def _in_onnx_export() -> bool:
+    # The question takes 2 us (it imports), so it is asked only where an export can be under way.
+    tracing = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
 def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a fused block may run on this input; the modules have been judged already.
 
     False for FX proxies (symbolic tracing must see torchvision's nodes), tensor subclasses, ONNX export, torch.func
     transforms and forward-mode AD, and for whatever plain torch refuses or runs as fast.
     """
-    if not is_plain_tensor(x) or x.dim() != 4 or under_transform() or _has_any_global_hook():
+    if not is_plain_tensor(x) or x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export():
         return False
-    if torch.onnx.is_in_onnx_export():
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
+    weight, dtype = conv.weight, x.dtype
+    if device is None or x.device != weight.device:
         return False
-    device, dtype = x.device, x.dtype
-    if device.type not in ("cpu", "cuda") or device != conv.weight.device:
-        return False
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device):
         # Under autocast a float32 residual would make torch's block return float32: leave that one to torch.
-        if dtype != torch.get_autocast_dtype(device.type) or dtype == torch.float64:
+        if dtype != torch.get_autocast_dtype(device) or dtype == torch.float64:
             return False
-    elif dtype != conv.weight.dtype:
+    elif dtype != weight.dtype:
         return False
-    return _fused_backend(device.type, dtype)
+    return _fused_backend(device, dtype)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:

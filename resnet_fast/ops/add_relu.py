@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..choose import choose
-from .registration import autocast_tensor, register, under_transform
+from .registration import autocast_tensor, dispatch, register, under_transform
 
 
 def add_relu_ref(a: Tensor, b: Tensor) -> Tensor:
@@ -87,6 +87,9 @@ register(
 )
 
 
+_op = torch.ops.resnet_fast.add_relu.default
+
+
 def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """relu(a + b), the end of every residual block, in one pass over memory.
 
@@ -104,4 +107,4 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """
     if under_transform():
         return add_relu_ref(a, b)
-    return torch.ops.resnet_fast.add_relu(a, b)
+    return dispatch(_op, (a, b))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..choose import choose, onednn_runs
-from .registration import autocast_tensor, register, under_transform
+from ..kernels.onednn import FoldedConv, Geometry
+from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
 
 _PAIRS = ("stride", "padding", "dilation")
@@ -157,36 +158,52 @@ def _kernel(
     input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
     stride, padding, dilation, groups, eps, relu,
 ) -> Tensor:  # fmt: skip
-    pairs = _pairs(stride, padding, dilation)
     parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
+    backend = choose("conv_bn_relu", "cpu" if input.is_cpu else "cuda", input.dtype).backend
+    if backend == "cpu":
+        # What is packed has passed the checks below, and they take longer than all the rest of this function.
+        key = (input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, eps, bias is None, bn_weight is None,
+               bn_bias is None)  # fmt: skip
+        folded = packed_weights.find(weight, [v for v in parameters[1:] if v is not None], groups, key)
+        if folded is not None and folded.usable:
+            out = _run_packed(folded, input, residual, relu)
+            if out is not None:
+                return out
+
+    pairs = _pairs(stride, padding, dilation)
     size = check_conv_args(input, *parameters, residual, *pairs, groups)
     if 0 in size:
         return _empty_output(input, size)
-    backend = choose("conv_bn_relu", input.device.type, input.dtype).backend
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
         return conv_bn_relu_triton(input, *parameters, residual, *pairs, groups, eps, relu, _empty_output(input, size))
     if backend == "cpu":
-        out = _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu)
-        if out is not None:
-            return _channels_last(out)
+        folded = packed_weights.get(
+            weight,
+            [v for v in parameters[1:] if v is not None],
+            groups,
+            key,
+            lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), *parameters, eps),
+        )
+        if folded.usable:
+            folded.pack(input.shape, size, *parameters, eps)
+            return _run_packed(folded, input, residual, relu)
     return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
 
 
-def _conv_bn_relu_cpu(input, parameters, residual, pairs, groups, eps, relu) -> Tensor | None:
-    """The oneDNN path; None where folding BatchNorm into the weight would change which results are finite."""
-    from ..kernels.onednn import FoldedConv, Geometry, conv_relu_onednn
-
-    weight, *vectors = parameters
-    geometry = Geometry(*map(tuple, pairs), groups)
-    present = [v for v in vectors if v is not None]
-    key = (geometry, eps, input.dtype, *(v is None for v in vectors))
-    folded = packed_weights.get(weight, present, groups, key, lambda: FoldedConv.make(input.dtype, *parameters, eps))
-    if not folded.usable:
+def _run_packed(folded: FoldedConv, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+    """The C++ kernel, if the weight is packed for this input's shape and the residual fits; else None."""
+    packed = folded.packed.get(input.shape)
+    if packed is None:
         return None
-    packed = folded.weight_for(input, geometry, *parameters, eps)
-    return conv_relu_onednn(input, packed, folded.bias, residual, geometry, relu)
+    if residual is not None and not (
+        residual.shape == packed.output_size and residual.dtype == input.dtype and residual.is_cpu
+    ):
+        return None
+    return torch.ops.resnet_fast._conv_bn_relu_cpu.default(
+        input, packed.weight, folded.bias, residual, *folded.geometry, relu
+    )
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -279,6 +296,9 @@ register(
 )
 
 
+_op = torch.ops.resnet_fast.conv_bn_relu.default
+
+
 def conv_bn_relu(
     input: Tensor,
     weight: Tensor,
@@ -323,8 +343,6 @@ def conv_bn_relu(
     References:
         He et al., Deep Residual Learning for Image Recognition (2015); Ioffe and Szegedy, Batch Normalization (2015).
     """
-    pairs = _pairs(stride, padding, dilation)
-    parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    if under_transform():
-        return conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu)
-    return torch.ops.resnet_fast.conv_bn_relu(input, *parameters, residual, *pairs, groups, eps, relu)
+    args = (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+    geometry = (stride, padding, dilation, groups, eps, relu)
+    return conv_bn_relu_ref(*args, *geometry) if under_transform() else dispatch(_op, (*args, *geometry))

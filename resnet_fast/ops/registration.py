@@ -32,7 +32,8 @@ def register(
     op = getattr(torch.ops.resnet_fast, name).default
 
     def checked_kernel(*args: Any) -> Tensor:
-        _refuse_forward_ad(name)
+        if forward_ad._current_level >= 0:
+            _refuse_forward_ad(name)
         return kernel(*args)
 
     for key in ("CPU", "CUDA"):
@@ -41,6 +42,14 @@ def register(
     torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=library)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         library.impl(name, _autocast_kernel(op, key, device_type, autocast), key)
+
+
+def dispatch(op: Any, args: tuple) -> Tensor:
+    """``op(*args)``; where no gradient can be asked for, past the autograd key, whose kernel is Python."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _autocast_kernel(op: Any, key: str, device_type: str, autocast: Callable[..., tuple]) -> Callable[..., Tensor]:
@@ -80,8 +89,7 @@ def under_transform() -> bool:
 def _refuse_forward_ad(name: str) -> None:
     # Autograd's generated kernel drops tangents silently, and below torch.func.jvp they cannot even be seen: so every
     # call inside a forward-mode level is refused rather than some of them answered with zero derivatives.
-    if forward_ad._current_level >= 0:
-        raise RuntimeError(
-            f"torch.ops.resnet_fast.{name} has no forward-mode derivative; resnet_fast.ops.{name} takes the plain "
-            "torch path under forward-mode AD and torch.func transforms"
-        )
+    raise RuntimeError(
+        f"torch.ops.resnet_fast.{name} has no forward-mode derivative; resnet_fast.ops.{name} takes the plain "
+        "torch path under forward-mode AD and torch.func transforms"
+    )

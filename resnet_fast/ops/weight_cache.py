@@ -23,8 +23,16 @@ from torch import Tensor
 _USES_PER_WEIGHT = 8
 
 
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
+_matches = torch.ops.resnet_fast._fingerprint_matches.default
+
+
+def _stamp(weight: Tensor) -> tuple:
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype
+
+
+def _use_key(vectors: list[Tensor], key: tuple) -> tuple:
+    return (key, *[v.data_ptr() for v in vectors])
 
 
 @dataclass
@@ -41,30 +49,35 @@ class WeightCache:
         self._entries: dict[int, _WeightEntry] = {}
         self._lock = threading.RLock()  # reentrant: a weakref callback may run while this thread holds it
 
-    def get(self, weight: Tensor, vectors: list[Tensor], groups: int, key: tuple, make: Callable[[], Any]) -> Any:
-        """The value that ``make()`` returned for these arguments, remade if the weight or a vector changed since.
+    def find(self, weight: Tensor, vectors: list[Tensor], groups: int, key: tuple) -> Any | None:
+        """The value made from these arguments, or None if there is none or the weight or a vector changed since.
 
         Args:
             weight: [K, C / groups, R, S], on the CPU.
             vectors: 1-D tensors whose every bit counts (bias, BatchNorm tensors).
             key: what else the value depends on; hashable.
         """
-        stamp = (weight.data_ptr(), _version(weight), weight.shape, weight.stride(), weight.dtype)
-        key = (key, *(v.data_ptr() for v in vectors))
         with self._lock:
             entry = self._entries.get(id(weight))
-            use = entry.uses.get(key) if entry is not None and entry.stamp == stamp else None
-        if use is not None and torch.ops.resnet_fast._fingerprint_matches(use[0], weight, groups, vectors):
-            return use[1]
+            if entry is None or entry.stamp != _stamp(weight):
+                return None
+            use = entry.uses.get(_use_key(vectors, key))
+        return use[1] if use is not None and _matches(use[0], weight, groups, vectors) else None
 
-        # The fingerprint first: a write that comes while make() runs is then seen at the next call.
+    def get(self, weight: Tensor, vectors: list[Tensor], groups: int, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `find` returns, or else ``make()``, kept for the next call."""
+        value = self.find(weight, vectors, groups, key)
+        if value is not None:
+            return value
+        # Stamp and fingerprint first: a write that comes while make() runs is then seen at the next call.
+        stamp = _stamp(weight)
         fingerprint = torch.ops.resnet_fast._fingerprint(weight, groups, vectors)
         value = make()
         with self._lock:
             entry = self._entries.get(id(weight))
             if entry is None or entry.stamp != stamp:
                 entry = self._entries[id(weight)] = _WeightEntry(self._watch(weight), stamp)
-            entry.uses[key] = (fingerprint, value)
+            entry.uses[_use_key(vectors, key)] = (fingerprint, value)
             if len(entry.uses) > _USES_PER_WEIGHT:
                 entry.uses.popitem(last=False)
         return value

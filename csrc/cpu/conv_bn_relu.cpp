@@ -1,0 +1,77 @@
+// The host side of conv_bn_relu on the CPU: one call of oneDNN's fused convolution, as torch exposes it, with bias,
+// residual and ReLU. Folding BatchNorm and packing the weight is done before, once: resnet_fast/kernels/onednn.py.
+// In C++ because at batch 1 a ResNet-50 spends a fifth of its time in Python if it is not.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "../dispatch.h"
+#include "ops.h"
+
+namespace resnet_fast {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr MemoryFormat channels_last = MemoryFormat::ChannelsLast;
+
+Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// `t` with the strides of a fresh channels_last tensor, also where a dimension of 1 leaves them open: what the
+// operator's fake promises.
+Tensor with_exact_strides(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const std::vector<int64_t> strides{c * h * w, 1, w * c, c};
+  const auto exact = [&](const Tensor& x) {
+    for (int64_t d = 0; d < 4; ++d)
+      if (x.stride(d) != strides[d]) return false;
+    return true;
+  };
+  if (exact(t)) return t;
+  const Tensor dense = torch::stable::contiguous(t, channels_last);
+  if (exact(dense)) return dense;
+  const std::vector<int64_t> sizes{t.size(0), c, h, w};
+  return call("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>());
+}
+
+}  // namespace
+
+Tensor conv_bn_relu_cpu(const Tensor& input,          // [N, C, H, W], any strides
+                        const Tensor& packed_weight,  // [K, C / groups, R, S] in oneDNN's layout for this input's shape
+                        const Tensor& folded_bias,    // [K]; its dtype is the one oneDNN computes in
+                        const std::optional<Tensor>& residual,  // [N, K, P, Q], any strides, input's dtype
+                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        int64_t groups, bool relu) {
+  Tensor x = torch::stable::contiguous(input, channels_last);
+  std::optional<Tensor> r;
+  if (residual.has_value()) r = torch::stable::contiguous(*residual, channels_last);
+  // oneDNN's fused ReLU turns NaN into 0. A NaN in the result comes from a NaN or an infinity in what is read (weights
+  // were checked when folded), so those are looked for first.
+  const bool fused_relu = relu && all_finite(x) && (!r.has_value() || all_finite(*r));
+
+  const ScalarType dtype = folded_bias.scalar_type();
+  x = to_dtype(x, dtype);
+  const std::optional<Tensor> bias = folded_bias;
+  const std::optional<std::string> no_algorithm;
+  const std::vector<int64_t> no_scalars;
+  Tensor out;
+  if (r.has_value()) {
+    std::optional<std::string> activation;
+    if (fused_relu) activation = "relu";
+    out = call("mkldnn::_convolution_pointwise", "binary", x, to_dtype(*r, dtype), packed_weight, bias, padding, stride,
+               dilation, groups, std::string("add"), std::optional<double>(), activation, no_scalars, no_algorithm);
+  } else {
+    const std::string activation = fused_relu ? "relu" : "none";
+    out = call("mkldnn::_convolution_pointwise", "", x, packed_weight, bias, padding, stride, dilation, groups,
+               activation, no_scalars, no_algorithm);
+  }
+  if (relu && !fused_relu) out = call("aten::relu_", "", out);
+  return with_exact_strides(to_dtype(out, input.scalar_type()));
+}
+
+}  // namespace resnet_fast
