@@ -5,6 +5,8 @@
 // (underscore), each of which is one C++ or CUDA kernel. The CompositeExplicitAutograd kernels below are the plain
 // stock-torch versions: a process that loads this library without the Python package still runs every graph, only
 // not fused.
+#include "cpu/ops.h"
+
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +14,6 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/ops.h"
 #include "dispatch.h"
 
 namespace {
@@ -59,6 +60,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_conv_bn_relu_cpu(Tensor input, Tensor packed_weight, Tensor folded_bias, Tensor? residual, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor");
   m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
+  m.def("_pack_few_channels(Tensor weight) -> Tensor");
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
   m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
@@ -73,13 +75,15 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_add_relu_cpu", TORCH_BOX(&resnet_fast::add_relu_cpu));
+  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_few_channels));
+  m.impl("_pack_few_channels", TORCH_BOX(&resnet_fast::pack_few_channels));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));
   m.impl("_fingerprint_matches", TORCH_BOX(&resnet_fast::fingerprint_matches));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, MkldnnCPU, m) {  // the key of a packed weight
-  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_cpu));
+  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_onednn));
 }
 
 // Importing resnet_fast._C only loads the library; the static initialisers above do the registration.

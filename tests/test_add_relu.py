@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from checks import assert_same_special_values
+from checks import assert_passes_at_level, assert_same_special_values
 from torch.library import opcheck
 
 import resnet_fast
@@ -182,18 +182,7 @@ def test_thread_counts(threads):
 @pytest.mark.parametrize("level", CPU_LEVELS)
 def test_every_level(level):
     """This file once more, in a process whose kernels are of one level."""
-    if os.environ.get("RESNET_FAST_CPU_LEVEL"):
-        pytest.skip("already inside a forced level")
-    env = {**os.environ, "RESNET_FAST_CPU_LEVEL": level}
-    command = [sys.executable, "-c", "import resnet_fast; print(resnet_fast.backends()['cpu'].reason)"]
-    reason = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-    if "does not have that level" in reason:
-        pytest.skip(reason.strip())
-    assert f"level {level}" in reason
-    tests = "equals_torch or misaligned or special or every_16 or strides"
-    run = [sys.executable, "-m", "pytest", __file__, "-q", "-k", tests, "-p", "no:cacheprovider"]
-    result = subprocess.run(run, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:]
+    assert_passes_at_level(__file__, level, "equals_torch or misaligned or special or every_16 or strides")
 
 
 def test_unknown_level_is_refused_in_words():

@@ -3,10 +3,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import UNIT_ROUNDOFF, assert_accurate, assert_same_special_values
+from checks import UNIT_ROUNDOFF, assert_accurate, assert_passes_at_level, assert_same_special_values
 from torch.library import opcheck
 
 import resnet_fast
+from resnet_fast.backends import CPU_LEVELS
+from resnet_fast.choose import has_few_channels
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 from resnet_fast.ops.weight_cache import packed_weights
 
@@ -125,6 +127,67 @@ def test_integers_bit_for_bit(geometry, dtype):
     tensors, how = problem(**GEOMETRIES[geometry], bias=True, residual=True, integers=True, eps=0.0, dtype=dtype)
     ref = conv_bn_relu_ref(**in_double(tensors), **how)
     assert torch.equal(conv_bn_relu(**tensors, **how).double(), ref)
+
+
+# What the C++ kernel for few input channels computes: filters around its blocks (8, 16, 32), pixels around its tiles (6,
+# 12), kernel rows that meet no pixel, and more rows than one thread gets.
+FIRST_LAYERS = {
+    "7x7 stem": dict(c=3, k=64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), h=64, w=62),
+    "3x3": dict(c=3, k=16, h=32, w=32),
+    "17 filters, 5 columns": dict(c=1, k=17, w=5),
+    "31 filters, 6 columns": dict(c=2, k=31, w=6, bias=True),
+    "33 filters, 7 columns": dict(c=4, k=33, w=7, affine=False),
+    "12 columns": dict(c=3, k=32, w=12, kernel=(1, 1), padding=(0, 0)),
+    "13 columns": dict(c=3, k=24, w=13, kernel=(5, 2), padding=(2, 0)),
+    "one pixel": dict(c=3, k=16, h=1, w=1, n=3),
+    "more padding than image": dict(c=3, k=16, h=2, w=3, kernel=(7, 7), padding=(6, 5)),
+    "rows of padding only": dict(c=3, k=16, h=2, w=9, padding=(4, 4)),
+    "unequal": dict(c=3, k=16, h=13, w=14, stride=(1, 3), padding=(2, 0), dilation=(2, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", (True, False))
+@pytest.mark.parametrize("layer", FIRST_LAYERS)
+def test_first_layers(layer, relu, dtype):
+    tensors, how = problem(**FIRST_LAYERS[layer], relu=relu, dtype=dtype)
+    assert has_few_channels(tensors["weight"], 1, torch.float32)
+    assert_right(tensors, how)
+    assert_right({**tensors, "input": tensors["input"].contiguous(memory_format=torch.channels_last)}, how)
+    assert_right({**tensors, "input": tensors["input"].transpose(2, 3).contiguous().transpose(2, 3)}, how)
+
+
+@pytest.mark.parametrize("layer", FIRST_LAYERS)
+def test_first_layers_bit_for_bit(layer):
+    tensors, how = problem(**FIRST_LAYERS[layer], integers=True, eps=0.0)
+    assert torch.equal(conv_bn_relu(**tensors, **how).double(), conv_bn_relu_ref(**in_double(tensors), **how))
+
+
+@pytest.mark.parametrize("relu", (True, False))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_first_layer_nan_and_inf(value, relu):
+    tensors, how = problem(**FIRST_LAYERS["3x3"], relu=relu)
+    tensors["input"][0, 1, 0, 5] = tensors["input"][1, 2, 31, 31] = value
+    ref = conv_bn_relu_ref(**tensors, **how)
+    assert not ref.isfinite().all()
+    assert_same_special_values(conv_bn_relu(**tensors, **how), ref)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3, 16))
+def test_first_layer_thread_counts(threads):
+    tensors, how = problem(**FIRST_LAYERS["7x7 stem"])
+    before = torch.get_num_threads()
+    out = conv_bn_relu(**tensors, **how)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(conv_bn_relu(**tensors, **how), out)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_level(level):
+    assert_passes_at_level(__file__, level, "first_layer")
 
 
 def test_batch_0():

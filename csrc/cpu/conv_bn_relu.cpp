@@ -1,5 +1,6 @@
 // The host side of conv_bn_relu on the CPU: one call of oneDNN's fused convolution, as torch exposes it, with bias,
-// residual and ReLU. Folding BatchNorm and packing the weight is done before, once: resnet_fast/kernels/onednn.py.
+// residual and ReLU, or of our own kernel for few input channels. BatchNorm is folded in and the weight packed before,
+// once: resnet_fast/kernels/packing.py.
 // In C++ because at batch 1 a ResNet-50 spends a fifth of its time in Python if it is not.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -41,12 +42,12 @@ Tensor with_exact_strides(const Tensor& t) {
 
 }  // namespace
 
-Tensor conv_bn_relu_cpu(const Tensor& input,          // [N, C, H, W], any strides
-                        const Tensor& packed_weight,  // [K, C / groups, R, S] in oneDNN's layout for this input's shape
-                        const Tensor& folded_bias,    // [K]; its dtype is the one oneDNN computes in
-                        const std::optional<Tensor>& residual,  // [N, K, P, Q], any strides, input's dtype
-                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, bool relu) {
+Tensor conv_bn_relu_onednn(const Tensor& input,          // [N, C, H, W], any strides
+                           const Tensor& packed_weight,  // [K, C / groups, R, S] in oneDNN's layout for input's shape
+                           const Tensor& folded_bias,    // [K]; its dtype is the one oneDNN computes in
+                           const std::optional<Tensor>& residual,  // [N, K, P, Q], any strides, input's dtype
+                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                           int64_t groups, bool relu) {
   Tensor x = torch::stable::contiguous(input, channels_last);
   std::optional<Tensor> r;
   if (residual.has_value()) r = torch::stable::contiguous(*residual, channels_last);
@@ -71,6 +72,18 @@ Tensor conv_bn_relu_cpu(const Tensor& input,          // [N, C, H, W], any strid
                activation, no_scalars, no_algorithm);
   }
   if (relu && !fused_relu) out = call("aten::relu_", "", out);
+  return with_exact_strides(to_dtype(out, input.scalar_type()));
+}
+
+Tensor conv_bn_relu_few_channels(const Tensor& input,          // [N, C, H, W], any strides
+                                 const Tensor& packed_weight,  // from pack_few_channels
+                                 const Tensor& folded_bias,    // [K], float32
+                                 const std::optional<Tensor>& residual, std::vector<int64_t> stride,
+                                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                                 bool relu) {
+  STD_TORCH_CHECK(!residual.has_value() && groups == 1, "few input channels: no residual, no groups");
+  const Tensor x = to_dtype(input, ScalarType::Float);
+  const Tensor out = conv_few_channels(x, packed_weight, folded_bias, stride, padding, dilation, relu);
   return with_exact_strides(to_dtype(out, input.scalar_type()));
 }
 

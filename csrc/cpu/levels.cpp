@@ -16,8 +16,9 @@ struct Level {
   Kernels kernels;
 };
 
-#define RESNET_FAST_KERNELS(level) \
-  {level::add_relu_f32, level::add_relu_bf16, level::add_relu_f16, level::all_finite_32, level::all_finite_16}
+#define RESNET_FAST_KERNELS(level)                                                        \
+  {level::add_relu_f32,  level::add_relu_bf16, level::add_relu_f16, level::all_finite_32, \
+   level::all_finite_16, level::conv_row_f32,  level::conv_block}
 
 // From the least to the most demanding; the Python side (backends.py) has the same names in the same order.
 const Level levels[] = {

@@ -12,11 +12,26 @@ namespace resnet_fast {
 torch::stable::Tensor add_relu_cpu(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
 
 // relu(conv2d(input, weight, bias) + residual) with BatchNorm folded in and the weight packed: see conv_bn_relu.cpp.
-torch::stable::Tensor conv_bn_relu_cpu(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
-                                       const torch::stable::Tensor& folded_bias,
-                                       const std::optional<torch::stable::Tensor>& residual,
-                                       std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                       std::vector<int64_t> dilation, int64_t groups, bool relu);
+// The kind of packed weight decides the kernel: oneDNN's opaque layout, or what _pack_few_channels returns.
+torch::stable::Tensor conv_bn_relu_onednn(const torch::stable::Tensor& input,
+                                          const torch::stable::Tensor& packed_weight,
+                                          const torch::stable::Tensor& folded_bias,
+                                          const std::optional<torch::stable::Tensor>& residual,
+                                          std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                          std::vector<int64_t> dilation, int64_t groups, bool relu);
+torch::stable::Tensor conv_bn_relu_few_channels(const torch::stable::Tensor& input,
+                                                const torch::stable::Tensor& packed_weight,
+                                                const torch::stable::Tensor& folded_bias,
+                                                const std::optional<torch::stable::Tensor>& residual,
+                                                std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                std::vector<int64_t> dilation, int64_t groups, bool relu);
+
+// [K, C, R, S] float32 in the layout of conv_few_channels, which depends on the instruction-set level.
+torch::stable::Tensor pack_few_channels(const torch::stable::Tensor& weight);
+torch::stable::Tensor conv_few_channels(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                        const torch::stable::Tensor& bias, const std::vector<int64_t>& stride,
+                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                        bool relu);
 
 // True if no element is NaN or infinite. `input` must be dense (any order of dimensions).
 bool all_finite(const torch::stable::Tensor& input);

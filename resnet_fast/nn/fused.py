@@ -5,14 +5,18 @@ A block is fused as a whole or takes exactly torch's path. Both answers come wit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..choose import Choice, choose
+from ..backends import cpu_level
+from ..choose import Choice, choose, has_few_channels
 from ..ops import conv_bn_relu
 from ..ops.registration import constant_when_compiled, under_transform
+
 
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether torch's own arithmetic applies. Asked of a block's input first: for an FX proxy nothing else may be read,
@@ -78,10 +82,14 @@ def is_conv_bn(module: nn.Module | None) -> bool:
 
 def choice_for(conv: nn.Conv2d) -> Choice:
     """The kernel that a convolution's own device and dtype get; a backend that cannot becomes plain torch, with why."""
+    weight = conv.weight
     try:
-        return choose("conv_bn_relu", conv.weight.device.type, conv.weight.dtype)
+        choice = choose("conv_bn_relu", weight.device.type, weight.dtype)
     except RuntimeError as error:
         return Choice("reference", "torch", str(error))
+    if choice.backend == "cpu" and has_few_channels(weight, conv.groups, weight.dtype):
+        return replace(choice, kernel=f"C++ {cpu_level()}")
+    return choice
 
 
 @constant_when_compiled

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..choose import choose, onednn_runs
-from ..kernels.onednn import FoldedConv, Geometry
+from ..kernels.packing import FoldedConv, Geometry
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
 
@@ -162,8 +162,8 @@ def _kernel(
     backend = choose("conv_bn_relu", "cpu" if input.is_cpu else "cuda", input.dtype).backend
     if backend == "cpu":
         # What is packed has passed the checks below, and they take longer than all the rest of this function.
-        key = (input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, eps, bias is None, bn_weight is None,
-               bn_bias is None)  # fmt: skip
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        key = (input.dtype, geometry, eps, bias is None, bn_weight is None, bn_bias is None, residual is None)
         folded = packed_weights.find(weight, [v for v in parameters[1:] if v is not None], groups, key)
         if folded is not None and folded.usable:
             out = _run_packed(folded, input, residual, relu)
@@ -184,7 +184,7 @@ def _kernel(
             [v for v in parameters[1:] if v is not None],
             groups,
             key,
-            lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), *parameters, eps),
+            lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), residual is not None, *parameters, eps),
         )
         if folded.usable:
             folded.pack(input.shape, size, *parameters, eps)

@@ -1,8 +1,8 @@
-"""conv_bn_relu on the CPU through oneDNN's fused convolution: what is prepared once for csrc/cpu/conv_bn_relu.cpp.
+"""What conv_bn_relu on the CPU prepares once for the kernels that csrc/cpu/conv_bn_relu.cpp calls.
 
-BatchNorm is folded into weight and bias in float32, and the weight is reordered once per input shape into the blocked
-layout that oneDNN asks for (without that, oneDNN reorders it in every call: ResNet-18 at batch 1 takes 330 ms instead
-of 33 ms on 2 Zen 3 cores).
+BatchNorm is folded into weight and bias in float32. For oneDNN's fused convolution the weight is reordered once per
+input shape into the blocked layout that oneDNN asks for (without that, oneDNN reorders it in every call: ResNet-18 at
+batch 1 takes 330 ms instead of 33 ms on 2 Zen 3 cores); for our own kernel of the first layer into blocks of filters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..choose import onednn_runs
+from ..choose import has_few_channels, onednn_runs
 
 # Input shapes whose packed weights are kept. Most share one layout and then one copy.
 _SHAPES_PER_WEIGHT = 8
@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
 class Packed(NamedTuple):
     """What one input shape [N, C, H, W] needs."""
 
-    weight: Tensor  # [K, C / groups, R, S] in oneDNN's layout
+    weight: Tensor  # as the kernel wants it
     output_size: torch.Size  # [N, K, P, Q]
 
 
@@ -79,25 +79,31 @@ class FoldedConv:
     """
 
     bias: Tensor  # [K], in dtype
-    dtype: torch.dtype  # what oneDNN computes in
+    dtype: torch.dtype  # what is computed in
     geometry: Geometry
+    few_channels: bool  # whether our own kernel runs instead of oneDNN
     usable: bool
     packed: OrderedDict[torch.Size, Packed] = field(default_factory=OrderedDict)  # by input shape
 
     @classmethod
-    def make(cls, dtype: torch.dtype, geometry: Geometry, *parameters) -> FoldedConv:
+    def make(cls, dtype: torch.dtype, geometry: Geometry, has_residual: bool, *parameters) -> FoldedConv:
         """``parameters`` as `fold` takes them; ``dtype`` is that of the activations."""
         weight, bias = fold(*parameters)
+        few_channels = not has_residual and has_few_channels(weight, geometry.groups, dtype)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
         dtype = _compute_dtype(weight, dtype)
-        return cls(bias.to(dtype), dtype, geometry, usable)
+        return cls(bias.to(dtype), dtype, geometry, few_channels, usable)
 
     def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> None:
         """Packs the weight for inputs of this shape, if it is not yet; ``parameters`` as `fold` takes them."""
         if input_shape in self.packed:
             return
-        folded = fold(*parameters)[0].to(self.dtype)
-        weight = self._in_onednn_layout(folded, input_shape)
+        if self.few_channels and self.packed:  # one layout for all shapes
+            weight = next(iter(self.packed.values())).weight
+        elif self.few_channels:
+            weight = torch.ops.resnet_fast._pack_few_channels(fold(*parameters)[0].contiguous())
+        else:
+            weight = self._in_onednn_layout(fold(*parameters)[0].to(self.dtype), input_shape)
         self.packed[input_shape] = Packed(weight, torch.Size(output_size))
         if len(self.packed) > _SHAPES_PER_WEIGHT:
             self.packed.pop(next(iter(self.packed)), None)

@@ -1,0 +1,89 @@
+// Direct convolution for a network's first layer: one to four input channels, float32. Compiled once per level
+// (levels.h).
+//
+// A tile of `pixels_per_tile` output pixels and two vectors of filters stays in registers while all taps (kernel
+// positions times channels) pass by: per tap two weight loads and one broadcast per pixel feed twice as many FMAs.
+// oneDNN vectorises over input channels as well, of which there are 3 here. Input and output layouts differ anyway (the
+// image may be NCHW, the map is NHWC), so the caller copies each input row once and this kernel only sees that copy.
+#include "../levels.h"
+
+namespace resnet_fast::RESNET_FAST_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int width = 16, pixels_per_tile = 12;  // 24 sums + 2 weights + 1 input of 32 registers
+#elif defined(__AVX2__)
+constexpr int width = 8, pixels_per_tile = 6;  // 12 + 2 + 1 of 16
+#else
+constexpr int width = 4, pixels_per_tile = 6;  // SSE and NEON
+#endif
+
+typedef float vec __attribute__((vector_size(width * sizeof(float))));
+
+static inline vec load(const float* p) {
+  vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+static inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+static inline vec relu(vec v) { return v < 0.0f ? vec{} : v; }  // NaN stays NaN
+
+// `pixels` output pixels from `pixel` on, filters [filter, filter + 2 * width).
+template <int pixels>
+static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
+  const float* x = row.input + pixel * row.pixel_step;
+  const float* w = row.weight + filter / (2 * width) * row.block_stride;
+  vec sum[pixels][2];
+  for (int i = 0; i < pixels; ++i) {
+    sum[i][0] = load(row.bias + filter);
+    sum[i][1] = load(row.bias + filter + width);
+  }
+  for (int64_t t = 0; t < row.taps; ++t, w += 2 * width) {
+    const float* xt = x + row.offsets[t];
+    const vec w0 = load(w), w1 = load(w + width);
+    for (int i = 0; i < pixels; ++i) {
+      const vec xi = xt[i * row.pixel_step] - vec{};  // a broadcast: x - 0 is x for every x
+      sum[i][0] += xi * w0;
+      sum[i][1] += xi * w1;
+    }
+  }
+  const int64_t left = row.filters - filter;
+  for (int i = 0; i < pixels; ++i) {
+    const vec a = row.relu ? relu(sum[i][0]) : sum[i][0], b = row.relu ? relu(sum[i][1]) : sum[i][1];
+    float* out = row.output + (pixel + i) * row.filters + filter;
+    if (left >= 2 * width) {
+      store(out, a);
+      store(out + width, b);
+    } else {
+      float both[2 * width];
+      store(both, a);
+      store(both + width, b);
+      for (int64_t k = 0; k < left; ++k) out[k] = both[k];
+    }
+  }
+}
+
+// Pixels whose input (8 KiB for the 7x7 stem) and one block of filters (9 KiB) fit into the L1 cache, also where two
+// hyperthreads share it.
+constexpr int64_t chunk = 48;
+
+void conv_row_f32(const ConvRow& row) {
+  for (int64_t start = 0; start < row.pixels; start += chunk) {
+    const int64_t end = start + chunk < row.pixels ? start + chunk : row.pixels;
+    for (int64_t filter = 0; filter < row.filters; filter += 2 * width) {
+      int64_t pixel = start;
+      for (; pixel + pixels_per_tile <= end; pixel += pixels_per_tile) tile<pixels_per_tile>(row, pixel, filter);
+      if (pixel == end) continue;
+      if (end >= pixels_per_tile) {  // the last tile overlaps the one before and computes the same values again
+        tile<pixels_per_tile>(row, end - pixels_per_tile, filter);
+      } else {
+        for (; pixel < end; ++pixel) tile<1>(row, pixel, filter);
+      }
+    }
+  }
+}
+
+extern const int64_t conv_block = 2 * width;
+
+}  // namespace resnet_fast::RESNET_FAST_LEVEL
