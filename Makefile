@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cpp csrc/*/*/*.h)
 
-.PHONY: demo test bench lint format test-triton test-triton-aot cuda-check clean
+.PHONY: demo test bench lint format test-triton test-triton-aot test-oldest cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -31,6 +31,17 @@ test-triton: $(SETUP)
 test-triton-aot: $(SETUP)
 	RESNET_FAST_TEST_AOT=1 $(BIN)/python -m pytest tests/triton_aot
 
+# The same build under the oldest torch supported, laid in front of the newer one that it was built with.
+OLDEST := .torch_oldest
+$(OLDEST)/.installed: $(SETUP)
+	$(BIN)/pip install --quiet --no-deps --target $(OLDEST) torch==2.11.0 torchvision==0.26.0 triton==3.6.0
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import torch; assert torch.__version__.startswith('2.11.'), torch.__version__"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py \
+		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
+
 $(VENV)/.dev: $(SETUP)
 	$(BIN)/pip install --quiet -e ".[test,dev]"
 	touch $@
@@ -51,4 +62,4 @@ cuda-check: $(VENV)/.dev
 	RESNET_FAST_TEST_CUDA_BUILD=1 $(BIN)/python -m pytest tests/cuda_build
 
 clean:
-	rm -rf build dist *.egg-info resnet_fast/*.so $(VENV)
+	rm -rf build dist *.egg-info resnet_fast/*.so $(VENV) $(OLDEST)

@@ -18,7 +18,10 @@ from setuptools import setup
 
 MIN_TORCH = "2.11"
 CUDA_ARCHS = "8.0+PTX;9.0a"  # PTX of 8.0 serves 8.6, 8.9, 10 and 12
-LEVELS = {"portable": []}
+# No -ffast-math: NaN, infinities and rounding are part of the contract. Contraction: a * b + c becomes one FMA where
+# the level has it, which -std=c++17 would forbid.
+KERNEL_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+LEVELS = {"portable": []}  # the flags of each level in csrc/cpu/levels.cpp
 if platform.machine().lower() in ("x86_64", "amd64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS |= {"avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]}
@@ -133,11 +136,8 @@ def build_arguments(torch):
                     if os.path.exists(target) and os.path.getmtime(target) > newest:
                         continue
                     os.makedirs(os.path.dirname(target), exist_ok=True)
-                    # No -ffast-math: NaN, infinities and rounding are part of the contract. Contraction: a * b + c
-                    # becomes one FMA where the level has it, which -std=c++17 would forbid.
-                    options = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
-                    options += flags
-                    commands.append([compiler, *options, f"-DRESNET_FAST_LEVEL={level}", "-c", source, "-o", target])
+                    options = [*KERNEL_FLAGS, *flags, f"-DRESNET_FAST_LEVEL={level}"]
+                    commands.append([compiler, *options, "-c", source, "-o", target])
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
                 list(pool.map(subprocess.check_call, commands))
             self.extensions[0].extra_objects = objects
@@ -164,4 +164,5 @@ def main():
     setup(**build_arguments(torch))
 
 
-main()
+if __name__ == "__main__":
+    main()

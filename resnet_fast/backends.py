@@ -73,6 +73,20 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_interpreter_has_bfloat16 = False
+
+
+def interpreter_has_bfloat16() -> bool:
+    """Whether Triton's interpreter may be given bfloat16: left alone it computes on the raw bits and says nothing."""
+    return _interpreter_has_bfloat16
+
+
+def declare_interpreter_repaired() -> None:
+    """Says that bfloat16 is right in Triton's interpreter now (tests/triton_interpreter/interpreter.py makes it so)."""
+    global _interpreter_has_bfloat16
+    _interpreter_has_bfloat16 = True
+
+
 def _reference() -> Backend:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return Backend("reference", ("add_relu", "conv_bn_relu"), devices, "plain torch operators")
@@ -94,9 +108,7 @@ def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", operators, (), "the package triton is not installed (CPU builds of torch lack it)")
     if triton_interpreted():
-        # Triton's interpreter computes on bfloat16's raw bits; tests/triton_interpreter/interpreter.py repairs that.
-        reason = "Triton's interpreter (TRITON_INTERPRET=1): slow, and wrong in bfloat16 outside this project's tests"
-        return Backend("triton", operators, ("cpu",), reason)
+        return Backend("triton", operators, ("cpu",), "Triton's interpreter (TRITON_INTERPRET=1): slow, no bfloat16")
     if not torch.cuda.is_available():
         return Backend("triton", operators, (), "no CUDA device (set TRITON_INTERPRET=1 to run the kernels on the CPU)")
     return Backend("triton", operators, ("cuda",), "Triton kernels")

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .backends import backends, cpu_level, forced
+from .backends import backends, cpu_level, forced, interpreter_has_bfloat16
 
 _16_BIT = (torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, *_16_BIT)
@@ -61,6 +61,10 @@ def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str) ->
             raise RuntimeError(
                 f"backend {name!r} cannot run {operator} in {dtype}; it takes float32, bfloat16 and float16 "
                 "(float64 runs on the reference)"
+            )
+        if name == "triton" and dtype == torch.bfloat16 and device == "cpu" and not interpreter_has_bfloat16():
+            raise RuntimeError(
+                "backend 'triton' cannot run bfloat16 in Triton's interpreter, which computes on its raw bits"
             )
     return Choice(name, kernel_name(operator, name, dtype), "use_backend")
 

@@ -57,6 +57,13 @@ def test_environment_variable():
     assert "must be one of" in python(code, RESNET_FAST_BACKEND="nonsense").stderr
 
 
+def test_interpreted_bfloat16_is_refused_in_words():
+    pytest.importorskip("triton")
+    code = "import torch, resnet_fast as r; x = torch.ones(2, dtype=torch.bfloat16); r.ops.add_relu(x, x)"
+    run = python(code, TRITON_INTERPRET="1", RESNET_FAST_BACKEND="triton")
+    assert "computes on its raw bits" in run.stderr
+
+
 def test_log_of_choices():
     code = "import torch, resnet_fast as r; r.ops.add_relu(torch.ones(2), torch.ones(2))"
     assert "add_relu cpu torch.float32: cpu (C++" in python(code, RESNET_FAST_LOG="choice").stderr

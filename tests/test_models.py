@@ -24,7 +24,11 @@ NAMES = (
 
 
 def pair(name="resnet18", **kwargs):
-    """Ours and torchvision's with equal weights and BatchNorm statistics of one training pass, in eval mode."""
+    """Ours and torchvision's with equal weights and BatchNorm statistics of one training pass, in eval mode.
+
+    Branches are weak beside their shortcuts, as in trained networks: as strong, random ones amplify the last bit of
+    every layer by up to 1e3, stock torch's too.
+    """
     torch.manual_seed(0)
     ours = getattr(models, name)(**kwargs)
     torch.manual_seed(0)
@@ -32,6 +36,8 @@ def pair(name="resnet18", **kwargs):
     for m in stock.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = 1.0
+        if isinstance(m, torchvision.models.resnet.BasicBlock | torchvision.models.resnet.Bottleneck):
+            nn.init.constant_((m.bn3 if hasattr(m, "bn3") else m.bn2).weight, 0.1)
     with torch.no_grad():
         stock.train()(torch.randn(8, 3, 96, 96))
     for m in stock.modules():
@@ -57,8 +63,14 @@ def fused(model):
 
 def assert_same(out, ref):
     assert ref.isfinite().all() and ref.std() > 0
-    # The same function, not the same rounding: random deep networks amplify the last bit by up to 1e3, stock torch's too.
-    assert relative_error(out, ref) < 2e-4
+    assert relative_error(out, ref) < 5e-6  # the same function, not the same rounding
+
+
+def assert_gradients(ours, stock, exact):
+    """Each gradient points where float64's does, as nearly as stock torch's: a ReLU flips single values either way."""
+    for g, h, e in zip(ours, stock, exact, strict=True):
+        near = [nn.functional.cosine_similarity(t.double().flatten(), e.flatten(), dim=0) for t in (g, h)]
+        assert near[0] >= near[1] - 1e-3 and near[1] > 0.99
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +89,7 @@ def test_numbers_names_and_state(name, x):
         stock.to(memory_format=torch.contiguous_format)
         assert ref.isfinite().all() and ref.std() > 0.01
         error = relative_error(ours(x), ref)
-        assert error <= 2 * max(layouts) + 1e-7
+        assert error <= min(2 * max(layouts) + 1e-7, 5e-6)
         with resnet_fast.use_backend("reference"):
             assert torch.equal(ours(x), stock(x))
 
@@ -186,9 +198,7 @@ def test_channels_last_and_contiguous_layouts(both, x):
     ours, stock = map(copy.deepcopy, both)
     with torch.no_grad():
         body = nn.Sequential(*list(ours.children())[:-2])
-        assert torch.allclose(
-            body(x).view(2, -1), nn.Sequential(*list(stock.children())[:-2])(x).view(2, -1), atol=1e-3
-        )
+        assert_same(body(x).view(2, -1), nn.Sequential(*list(stock.children())[:-2])(x).view(2, -1))
         ours.to(memory_format=torch.channels_last)
         assert_same(ours(x.contiguous(memory_format=torch.channels_last)), stock(x))
         body = nn.Sequential(*list(ours.children())[:-2])
@@ -266,11 +276,12 @@ def test_compile(both, x):
     assert len(graphs) == 1 and "resnet_fast" in graphs[0].code
 
 
-def test_onnx_export_has_plain_nodes(both, x, tmp_path):
+@pytest.mark.parametrize("dynamo", (True, False))
+def test_onnx_export_has_plain_nodes(both, x, tmp_path, dynamo):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     with torch.no_grad():
-        torch.onnx.export(both[0], (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        torch.onnx.export(both[0], (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
     model = onnx.load(tmp_path / "model.onnx")
     assert {n.domain for n in model.graph.node} <= {"", "ai.onnx"}
     assert sum(n.op_type == "Conv" for n in model.graph.node) == 20
@@ -280,7 +291,8 @@ def test_intermediate_layer_getter(both, x):
     layers = {"layer1": "a", "layer4": "b"}
     with torch.no_grad():
         results = [IntermediateLayerGetter(m, layers)(x) for m in both]
-    assert all(torch.allclose(results[0][k], results[1][k], atol=1e-3) for k in "ab")
+    for k in "ab":
+        assert_same(results[0][k], results[1][k])
 
 
 def test_detection_backbone_with_frozen_batch_norm_in_train_mode(x):
@@ -298,12 +310,12 @@ def test_detection_backbone_with_frozen_batch_norm_in_train_mode(x):
     out, ref = a(x), b(x)
     for k in ref:
         assert_same(out[k], ref[k])
-    for o in (out, ref):
+    exact = copy.deepcopy(b).double()
+    for o in (out, ref, exact(x.double())):
         sum(v.square().mean() for v in o.values()).backward()
-    grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (a, b)]
+    grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (a, b, exact)]
     assert len(grads[0]) == len(grads[1]) > 0
-    for g, h in zip(*grads, strict=True):  # ReLU flips move single values, not the direction
-        assert torch.nn.functional.cosine_similarity(g.flatten(), h.flatten(), dim=0) > 0.999
+    assert_gradients(*grads)
 
 
 def test_segmentation_backbone(x):
@@ -341,9 +353,9 @@ def test_hooks_on_an_inner_layer_run(both, x):
     assert [b.name for b in resnet_fast.explain(ours).blocks if not b.fused] == ["layer2.0"]
     with torch.no_grad():
         assert_same(ours(x), stock(x))
-    assert (
-        len(seen) == 4 and torch.allclose(seen[0], seen[2], atol=1e-3) and torch.allclose(seen[1], seen[3], atol=1e-3)
-    )
+    assert len(seen) == 4
+    assert_same(seen[0], seen[2])
+    assert_same(seen[1], seen[3])
 
 
 def test_global_hooks_see_every_module(both, x):
@@ -388,13 +400,13 @@ def test_one_batch_norm_in_training_mode(both, x):
 
 
 def test_gradients_in_eval_mode(both, x):
+    ours, stock = both
     grads = []
-    for m in map(copy.deepcopy, both):
-        leaf = x.clone().requires_grad_()
+    for m in (copy.deepcopy(ours), copy.deepcopy(stock), copy.deepcopy(stock).double()):
+        leaf = x.to(m.fc.weight.dtype, copy=True).requires_grad_()
         m(leaf).square().mean().backward()
         grads.append([leaf.grad, *(p.grad for p in m.parameters())])
-    for ours, stock in zip(*grads, strict=True):
-        assert torch.nn.functional.cosine_similarity(ours.flatten(), stock.flatten(), dim=0) > 0.999
+    assert_gradients(*grads)
 
 
 def test_transforms(both, x):
