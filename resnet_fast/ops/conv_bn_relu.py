@@ -37,12 +37,13 @@ def conv_bn_relu_ref(
 ) -> Tensor:
     """conv_bn_relu in plain torch, any device and dtype; [N, K, P, Q]."""
     out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    vectors = (running_mean, running_var, bn_weight, bn_bias)
+    vectors = (bn_weight, bn_bias, running_mean, running_var)
     if {v.dtype for v in vectors if v is not None} != {input.dtype}:
         # torch takes BatchNorm tensors of the map's dtype, or float32 ones with a 16-bit map; widening loses nothing.
         wide = torch.promote_types(torch.float32, input.dtype)
         vectors = tuple(None if v is None else v.to(wide) for v in vectors)
-    out = F.batch_norm(out, *vectors, training=False, eps=eps)
+    # Not F.batch_norm: in torch 2.11 it refuses eps = 0, which the operator takes.
+    out = torch.batch_norm(out, *vectors, False, 0.0, eps, torch.backends.cudnn.enabled)
     if residual is not None:
         out = out + residual
     return torch.relu(out) if relu else out
