@@ -18,12 +18,11 @@
 
 namespace {
 
+using resnet_fast::add;
 using resnet_fast::call;
 using torch::stable::Tensor;
 
 Tensor relu(const Tensor& x) { return call("aten::relu", "", x); }
-
-Tensor add(const Tensor& a, const Tensor& b) { return call("aten::add", "Tensor", a, b, 1.0); }
 
 Tensor add_relu_plain(const Tensor& a, const Tensor& b) { return relu(add(a, b)); }
 

@@ -79,6 +79,24 @@ def test_import_is_light():
     assert python(code).stdout.strip() == "[] False"
 
 
+def test_operators_without_the_python_package():
+    """A process that only loads the library runs every graph, on the plain kernels."""
+    code = f"""
+import torch
+torch.ops.load_library({resnet_fast._C.__file__!r})
+x, w, v = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 3, 3), torch.rand(4, 3) + 0.5
+out = torch.ops.resnet_fast.conv_bn_relu(x, w, None, *v[:2], *v[2:], x, [1, 1], [1, 1], [1, 1], 1, 1e-5, True)
+ref = torch.batch_norm(torch.conv2d(x, w, None, 1, 1), *v, False, 0.0, 1e-5, False)
+assert torch.equal(out, torch.relu(ref + x))
+out = torch.ops.resnet_fast.conv_bn_relu(x, w, v[0], None, None, *v[2:], None, [2, 1], [1, 0], [1, 2], 1, 1e-5, False)
+ref = torch.conv2d(x, w, v[0], (2, 1), (1, 0), (1, 2))
+assert torch.equal(out, torch.batch_norm(ref, None, None, *v[2:], False, 0.0, 1e-5, False))
+assert torch.equal(torch.ops.resnet_fast.add_relu(x, x.flip(0)), torch.relu(x + x.flip(0)))
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_models_without_torchvision_name_the_command():
     code = "import sys; sys.modules['torchvision'] = None; import resnet_fast.models"
     minor = int(torch.__version__.split(".")[1]) + 15
