@@ -9,6 +9,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.nn import Residual
+from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 from resnet_fast.ops.weight_cache import cast_weights, packed_weights
 
 
@@ -104,6 +105,19 @@ def test_batch_norm_writes_are_seen(block, name):
         assert not torch.equal(block(x), before)
 
 
+def test_another_reading_of_the_same_bytes_is_seen():
+    x, weight, var = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 1, 1), torch.rand(4).half() + 0.5
+    mean = torch.rand(4).half()
+    with torch.no_grad():
+        for dtype in (torch.half, torch.bfloat16, torch.half):
+            args = (x, weight, None, None, None, mean.view(dtype), var.view(dtype))
+            assert torch.allclose(conv_bn_relu(*args), conv_bn_relu_ref(*args), rtol=1e-4, atol=1e-4)
+        square = weight.view(4, 4)
+        for view in (square, square.t()):
+            args = (x, view.unflatten(1, (4, 1, 1)), None, None, None, mean, var)
+            assert torch.allclose(conv_bn_relu(*args), conv_bn_relu_ref(*args), rtol=1e-4, atol=1e-4)
+
+
 def test_eps_is_seen(block):
     x = torch.randn(1, 8, 6, 6)
     with torch.no_grad():
@@ -163,14 +177,19 @@ def test_one_weight_under_two_batch_norms_is_packed_twice_and_kept(block):
         assert len(packed_weights) == 2
 
 
+def kept_values():
+    entries = packed_weights._entries.values()
+    return [use.value for entry in entries for uses in entry.uses.values() for use in uses]
+
+
 def test_packed_once(block):
     x = torch.randn(1, 8, 6, 6)
     with torch.no_grad():
         block(x)
-        entry = [list(e.uses.values()) for e in packed_weights._entries.values()]
+        first = kept_values()
         block(x)
-        again = [list(e.uses.values()) for e in packed_weights._entries.values()]
-    assert all(a[0][1] is b[0][1] for a, b in zip(entry, again, strict=True))
+        second = kept_values()
+    assert len(first) == 2 and all(a is b for a, b in zip(first, second, strict=True))
 
 
 def test_stale_entries_do_not_pile_up(block):
@@ -179,6 +198,8 @@ def test_stale_entries_do_not_pile_up(block):
         for _ in range(20):
             block(x)
             block.conv1.weight.add_(1e-3)
+            block.conv2.weight.data.mul_(1.01)
+            block.bn2.bias.data.add_(0.01)
     assert len(packed_weights) == 2
 
 
@@ -186,7 +207,7 @@ def test_packed_shapes_are_bounded(block):
     with torch.no_grad():
         for size in range(4, 30):
             block(torch.randn(1, 8, size, size))
-    folded = [value for e in packed_weights._entries.values() for _, value in e.uses.values()]
+    folded = kept_values()
     assert len(folded) == 2 and all(len(f.packed) <= 8 for f in folded)
 
 

@@ -1,10 +1,11 @@
 // What decides whether a packed weight may be used again.
 //
 // A write through `.data` (EMA, clipping, pruning of filters) changes a parameter without changing its version, so the
-// cache of packed weights cannot trust versions alone. A fingerprint is a byte string: every bit of the vectors (bias
-// and BatchNorm tensors: a few KiB), and of the weight at least one element of every output filter and of every input
-// channel. Comparing one costs max(K, C) scattered reads and the vectors' bytes: by estimate 1 % of ResNet-50's forward
-// at batch 1. What samples cannot see, a single element written through `.data`, is documented with clear_cache().
+// cache of packed weights cannot trust versions alone. A fingerprint is a byte string: where the tensors lie, with
+// which dtype, sizes and strides, every bit of the vectors (bias and BatchNorm tensors: a few KiB), and of the weight
+// at least one element of every output filter and of every input channel. Comparing one costs max(K, C) scattered reads
+// and the vectors' bytes: by estimate 1 % of ResNet-50's forward at batch 1. What samples cannot see, a single element
+// written through `.data`, is documented with clear_cache().
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -110,12 +111,24 @@ struct Comparer {
   }
 };
 
+// Where a tensor lies and how its bytes are to be read.
+struct Place {
+  const void* data;
+  int64_t dtype, sizes[4] = {}, strides[4] = {};
+
+  explicit Place(const Tensor& t) : data(t.const_data_ptr()), dtype(static_cast<int64_t>(t.scalar_type())) {
+    for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d), strides[d] = t.stride(d);
+  }
+};
+
 // Hands the fingerprint's parts to a Writer or a Comparer, always in the same order.
 template <typename Visitor>
 void visit(Visitor& visitor, const Tensor& weight, const Samples& samples, const std::vector<Tensor>& vectors) {
+  const Place place(weight);
+  visitor.bytes(&place, sizeof(place));
   for (const Tensor& v : vectors) {
-    const ScalarType dtype = v.scalar_type();  // a view in another dtype has the same bytes
-    visitor.bytes(&dtype, sizeof(dtype));
+    const Place place(v);
+    visitor.bytes(&place, sizeof(place));
     const char* data = static_cast<const char*>(v.const_data_ptr());
     const int64_t size = element_size(v);
     if (v.stride(0) == 1) {
@@ -136,8 +149,8 @@ void visit(Visitor& visitor, const Tensor& weight, const Samples& samples, const
 }
 
 int64_t fingerprint_bytes(const Tensor& weight, const Samples& samples, const std::vector<Tensor>& vectors) {
-  int64_t bytes = samples.count() * element_size(weight);
-  for (const Tensor& v : vectors) bytes += sizeof(ScalarType) + v.numel() * element_size(v);
+  int64_t bytes = sizeof(Place) + samples.count() * element_size(weight);
+  for (const Tensor& v : vectors) bytes += sizeof(Place) + v.numel() * element_size(v);
   return bytes;
 }
 

@@ -14,8 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import cpu_level
 from ..choose import Choice, choose, has_few_channels
-from ..ops import conv_bn_relu
-from ..ops.registration import constant_when_compiled, under_transform
+from ..ops.registration import constant_when_compiled, dispatch, under_transform
 
 
 def is_plain_tensor(t: Tensor) -> bool:
@@ -47,15 +46,23 @@ def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Modu
         return f"{conv_name} pads with {conv.padding_mode!r}, not zeros"
     if isinstance(conv.padding, str):
         return f"{conv_name} has padding {conv.padding!r}, not numbers"
-    if not is_plain_tensor(conv.weight):
-        return f"{conv_name}.weight is {type(conv.weight).__name__}"
+    parameters = conv._parameters
+    if "bias" not in parameters or "weight" not in parameters:
+        return f"{conv_name} keeps its weight or bias elsewhere than in its parameters"
+    if not is_plain_tensor(parameters["weight"]):
+        return f"{conv_name}.weight is {type(parameters['weight']).__name__}"
     if type(bn) is nn.BatchNorm2d:
-        if bn.running_mean is None or bn.running_var is None:
+        if bn._buffers.get("running_mean") is None or bn._buffers.get("running_var") is None:
             return f"{bn_name} has no running statistics"
         if bn.training:
             return f"{bn_name} is in training mode (batch statistics)"
-    elif not _is_frozen_batch_norm(bn):
+        affine = bn._parameters
+    elif _is_frozen_batch_norm(bn):
+        affine = bn._buffers
+    else:
         return f"{bn_name} is {type(bn).__name__}, not BatchNorm2d"
+    if "weight" not in affine or "bias" not in affine:
+        return f"{bn_name} keeps its weight or bias elsewhere than in its parameters"
     return altered(conv_name, conv) or altered(bn_name, bn)
 
 
@@ -107,12 +114,12 @@ def _in_onnx_export() -> bool:
 
 
 def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether a fused block may run on this input; the modules have been judged already.
+    """Whether a fused block may run on this plain tensor; the modules have been judged already.
 
-    False for FX proxies (symbolic tracing must see torchvision's nodes), tensor subclasses, ONNX export, torch.func
-    transforms and forward-mode AD, and for whatever plain torch refuses or runs as fast.
+    False under ONNX export, torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as
+    fast.
     """
-    if not is_plain_tensor(x) or x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export():
+    if x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export():
         return False
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
     weight, dtype = conv.weight, x.dtype
@@ -128,15 +135,20 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    """relu(bn(conv(x)) + residual) by one fused operator. x [N, C, H, W], residual and result [N, K, P, Q]."""
-    return conv_bn_relu(
+    """relu(bn(conv(x)) + residual) by one fused operator. x [N, C, H, W], residual and result [N, K, P, Q].
+
+    `may_fuse_input` has said yes, so that conv_bn_relu need not ask again for torch.func transforms.
+    """
+    affine = bn._parameters or bn._buffers  # FrozenBatchNorm2d's weight and bias are buffers
+    statistics = bn._buffers
+    args = (
         x,
-        conv.weight,
-        conv.bias,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        affine["weight"],
+        affine["bias"],
+        statistics["running_mean"],
+        statistics["running_var"],
         residual,
         conv.stride,
         conv.padding,
@@ -145,6 +157,7 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
         bn.eps,
         relu,
     )
+    return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args)
 
 
 def shortcut(x: Tensor, projection: nn.Module | None) -> Tensor:

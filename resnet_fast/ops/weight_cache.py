@@ -14,36 +14,51 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Different uses of one weight kept side by side (a convolution shared by several BatchNorms, another stride).
-_USES_PER_WEIGHT = 8
-
+# Different uses of one weight kept side by side: another stride or dtype; a convolution shared by several BatchNorms.
+_KEYS_PER_WEIGHT = 8
+_USES_PER_KEY = 8
 
 _matches = torch.ops.resnet_fast._fingerprint_matches.default
 
 
-def _stamp(weight: Tensor) -> tuple:
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
-def _use_key(vectors: list[Tensor], key: tuple) -> tuple:
-    return (key, *[v.data_ptr() for v in vectors])
+class _Use(NamedTuple):
+    addresses: tuple[int, ...]  # of the weight and the vectors
+    fingerprint: Tensor
+    value: Any
 
 
 @dataclass
 class _WeightEntry:
     alive: weakref.ref
-    stamp: tuple
-    uses: OrderedDict[tuple, tuple[Tensor, Any]] = field(default_factory=OrderedDict)  # key -> (fingerprint, value)
+    version: int | None
+    uses: OrderedDict[tuple, tuple[_Use, ...]] = field(default_factory=OrderedDict)  # by key; see WeightCache
+
+    def add(self, key: tuple, new: _Use) -> None:
+        # What lay at the same addresses, or belongs to a weight that moved, is stale.
+        kept = [
+            use
+            for use in self.uses.get(key, ())
+            if use.addresses != new.addresses and use.addresses[0] == new.addresses[0]
+        ]
+        self.uses[key] = (*kept[1 - _USES_PER_KEY :], new)
+        if len(self.uses) > _KEYS_PER_WEIGHT:
+            self.uses.popitem(last=False)
 
 
 class WeightCache:
-    """Values made from a weight and a few vectors, remade whenever either changes. Thread-safe."""
+    """Values made from a weight and a few vectors, remade whenever either changes.
+
+    Thread-safe: writers hold a lock and replace what readers, who hold none, may be looking at as a whole.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[int, _WeightEntry] = {}
@@ -57,29 +72,29 @@ class WeightCache:
             vectors: 1-D tensors whose every bit counts (bias, BatchNorm tensors).
             key: what else the value depends on; hashable.
         """
-        with self._lock:
-            entry = self._entries.get(id(weight))
-            if entry is None or entry.stamp != _stamp(weight):
-                return None
-            use = entry.uses.get(_use_key(vectors, key))
-        return use[1] if use is not None and _matches(use[0], weight, groups, vectors) else None
+        entry = self._entries.get(id(weight))
+        if entry is None or entry.version != _version(weight):
+            return None
+        for _, fingerprint, value in entry.uses.get(key, ()):
+            if _matches(fingerprint, weight, groups, vectors):
+                return value
+        return None
 
     def get(self, weight: Tensor, vectors: list[Tensor], groups: int, key: tuple, make: Callable[[], Any]) -> Any:
         """What `find` returns, or else ``make()``, kept for the next call."""
         value = self.find(weight, vectors, groups, key)
         if value is not None:
             return value
-        # Stamp and fingerprint first: a write that comes while make() runs is then seen at the next call.
-        stamp = _stamp(weight)
+        # Version and fingerprint first: a write that comes while make() runs is then seen at the next call.
+        version = _version(weight)
         fingerprint = torch.ops.resnet_fast._fingerprint(weight, groups, vectors)
+        addresses = (weight.data_ptr(), *(v.data_ptr() for v in vectors))
         value = make()
         with self._lock:
             entry = self._entries.get(id(weight))
-            if entry is None or entry.stamp != stamp:
-                entry = self._entries[id(weight)] = _WeightEntry(self._watch(weight), stamp)
-            entry.uses[_use_key(vectors, key)] = (fingerprint, value)
-            if len(entry.uses) > _USES_PER_WEIGHT:
-                entry.uses.popitem(last=False)
+            if entry is None or entry.version != version:
+                entry = self._entries[id(weight)] = _WeightEntry(self._watch(weight), version)
+            entry.add(key, _Use(addresses, fingerprint, value))
         return value
 
     def _watch(self, weight: Tensor) -> weakref.ref:
@@ -99,7 +114,7 @@ class WeightCache:
 
     def __len__(self) -> int:
         with self._lock:
-            return sum(len(entry.uses) for entry in self._entries.values())
+            return sum(len(uses) for entry in self._entries.values() for uses in entry.uses.values())
 
 
 packed_weights = WeightCache()
