@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,8 @@ def test_pip_leaves_the_installed_torch_alone(tmp_path, version):
     report = tmp_path / "report.json"
     command = [python, "-m", "pip", "install", "--dry-run", "--report", report, source]
     result = subprocess.run(command, capture_output=True, text=True)
-    if any(word in result.stderr for word in ("Failed to establish", "No matching distribution found for setuptools")):
-        pytest.skip("no package index within reach")
+    if "(from versions: none)" in result.stderr:  # pip's build environment needs setuptools from an index
+        pytest.skip("offline: pip finds no package index")
     assert result.returncode == 0, result.stderr[-2000:]
     plan = {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]}
     assert "resnet_fast" in {name.replace("-", "_") for name in plan}
@@ -85,14 +86,15 @@ def load_setup():
 SETUP = load_setup()
 
 
-@pytest.mark.skipif(not shutil.which("g++") or not shutil.which("nm"), reason="needs g++ and nm")
 @pytest.mark.parametrize("level", SETUP.LEVELS)
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cpu/kernels").glob("*.cpp")))
 def test_kernel_objects_export_no_weak_symbols(source, level, tmp_path):
     """A weak symbol (an inline function) built for AVX-512 could be the one that the linker gives to the portable path."""
     target = tmp_path / "kernel.o"
     flags = [*SETUP.KERNEL_FLAGS, *SETUP.LEVELS[level], f"-DRESNET_FAST_LEVEL={level}"]
-    subprocess.run(["g++", *flags, "-c", ROOT / "csrc/cpu/kernels" / source, "-o", target], check=True)
+    subprocess.run(
+        [os.environ.get("CXX", "g++"), *flags, "-c", ROOT / "csrc/cpu/kernels" / source, "-o", target], check=True
+    )
     lines = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
     kinds = {line[17]: line[19:] for line in lines}
     assert not set("WVwvu") & set(kinds), lines

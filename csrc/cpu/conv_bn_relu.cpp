@@ -1,7 +1,7 @@
 // The host side of conv_bn_relu on the CPU: one call of oneDNN's fused convolution, as torch exposes it, with bias,
 // residual and ReLU, or of our own kernel for few input channels. BatchNorm is folded in and the weight packed before,
 // once: resnet_fast/kernels/packing.py.
-// In C++ because at batch 1 a ResNet-50 spends a fifth of its time in Python if it is not.
+// In C++ because in Python everything around the oneDNN calls took a fifth of ResNet-50's time at batch 1.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -3,9 +3,9 @@
 // A write through `.data` (EMA, clipping, pruning of filters) changes a parameter without changing its version, so the
 // cache of packed weights cannot trust versions alone. A fingerprint is a byte string: where the tensors lie, with
 // which dtype, sizes and strides, every bit of the vectors (bias and BatchNorm tensors: a few KiB), and of the weight
-// at least one element of every output filter and of every input channel. Comparing one costs max(K, C) scattered reads
-// and the vectors' bytes: by estimate 1 % of ResNet-50's forward at batch 1. What samples cannot see, a single element
-// written through `.data`, is documented with clear_cache().
+// at least one element of every output filter and of every input channel. Comparing one costs max(K, C) scattered
+// reads and the vectors' bytes: with the lookup in Python 45 us a convolution, 2.6 % of ResNet-18 at batch 1 on 2 Zen 3
+// cores. What samples cannot see, a single element written through `.data`, is documented with clear_cache().
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
