@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from resnet_fast.kernels import add_relu as add_relu_module
 from resnet_fast.kernels import conv_bn_relu as conv_module
+from resnet_fast.kernels import conv_few_channels as few_channels_module
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory a block may have. sm_86 and sm_89 run the same configuration as sm_80 and have less than it.
@@ -57,6 +58,12 @@ class Recorder:
     def __init__(self, kernel):
         self.kernel = kernel
         self.compiled = None
+
+    @classmethod
+    def of(cls, monkeypatch, module, name):
+        recorder = cls(getattr(module, name))
+        monkeypatch.setattr(module, name, recorder)
+        return recorder
 
     def __getitem__(self, grid):
         def compile(*args, **options):
@@ -108,8 +115,7 @@ def serialized(ptx: str, folder: Path) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_relu_moves_128_bits_at_a_time(dtype, arch, monkeypatch, tmp_path):
     """In whole blocks for every n: this one is odd."""
-    kernel = Recorder(add_relu_module.add_relu_kernel)
-    monkeypatch.setattr(add_relu_module, "add_relu_kernel", kernel)
+    kernel = Recorder.of(monkeypatch, add_relu_module, "add_relu_kernel")
     a, b = (torch.empty(2**20 + 1, dtype=dtype, device="meta") for _ in range(2))
     add_relu_module.add_relu_triton(a, b)
     r = report(kernel.compiled, arch, tmp_path)
@@ -136,6 +142,7 @@ class Conv:
     stride: int = 1
     groups: int = 1
     extras: bool = False  # a bias and a residual
+    residual: bool = False
     batch: int = 8
     weight_layout: torch.memory_format = torch.channels_last
 
@@ -144,7 +151,9 @@ CONVS = {
     "stem": Conv(3, 64, size=7, stride=2),
     "3x3": Conv(64, 64, extras=True),
     "3x3 odd filters": Conv(72, 65, extras=True),
-    "1x1": Conv(256, 512, size=1, stride=2, extras=True),
+    "1x1": Conv(256, 512, size=1, stride=2),
+    "1x1 with everything": Conv(256, 512, size=1, stride=2, extras=True),
+    "expand": Conv(64, 256, size=1, residual=True),
     "depthwise": Conv(32, 32, groups=32),
     # What costs the most registers, all at once: 64-bit offsets, masked channels, elements that are read one by one.
     "most registers": Conv(72, 64, extras=True, batch=batch_past_int32(72), weight_layout=torch.contiguous_format),
@@ -157,8 +166,9 @@ def compile_conv(conv: Conv, dtype: torch.dtype, arch: int, monkeypatch, folder:
     def empty(*shape, memory_format=torch.channels_last):
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
-    kernel = Recorder(conv_module.conv_bn_relu_kernel)
-    monkeypatch.setattr(conv_module, "conv_bn_relu_kernel", kernel)
+    kernel = Recorder.of(monkeypatch, conv_module, "conv_bn_relu_kernel")
+    few_channels = Recorder.of(monkeypatch, few_channels_module, "conv_few_channels_kernel")
+    Recorder.of(monkeypatch, few_channels_module, "pad_kernel")
     padding = conv.size // 2
     pixels = (56 + 2 * padding - conv.size) // conv.stride + 1
     k = conv.filters
@@ -169,10 +179,10 @@ def compile_conv(conv: Conv, dtype: torch.dtype, arch: int, monkeypatch, folder:
         empty(k, conv.channels // conv.groups, conv.size, conv.size, memory_format=conv.weight_layout),
         torch.empty(k, dtype=dtype, device="meta") if conv.extras else None,
         gamma, beta, mean, var,
-        empty(*out.shape) if conv.extras else None,
+        empty(*out.shape) if conv.extras or conv.residual else None,
         [conv.stride] * 2, [padding] * 2, [1, 1], conv.groups, 1e-5, True, out,
     )  # fmt: skip
-    return report(kernel.compiled, arch, folder)
+    return report(kernel.compiled or few_channels.compiled, arch, folder)
 
 
 def assert_sound(r: Report, arch: int) -> None:
@@ -202,7 +212,8 @@ def test_conv_bn_relu_in_full_float32(name, arch, monkeypatch, tmp_path):
     assert r.count(r"HG?MMA\..*") == 0 and r.count("FFMA") > 0
 
 
-def test_conv_bn_relu_loads_128_bits_at_a_time(arch, monkeypatch, tmp_path):
-    """Input and channels_last weight of a 3x3 convolution, on their way to shared memory."""
-    r = compile_conv(CONVS["3x3"], torch.bfloat16, arch, monkeypatch, tmp_path)
+@pytest.mark.parametrize("name", ["3x3", "1x1", "stem"])
+def test_conv_bn_relu_loads_128_bits_at_a_time(name, arch, monkeypatch, tmp_path):
+    """Input and channels_last weight, on their way to shared memory."""
+    r = compile_conv(CONVS[name], torch.bfloat16, arch, monkeypatch, tmp_path)
     assert r.count(r"LDGSTS\..*") == r.count(r"LDGSTS\..*128.*") > 0

@@ -29,8 +29,12 @@ def faithful_interpreter():
 
 
 @pytest.fixture
-def triton_backend():
+def triton_backend(monkeypatch):
+    """The Triton kernels, float32 in full: what stock torch, whose errors they are held to, computes on a CPU."""
+    import torch
+
     import resnet_fast
 
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with resnet_fast.use_backend("triton"):
         yield

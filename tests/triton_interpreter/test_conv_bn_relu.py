@@ -6,10 +6,11 @@ stock torch's own, plus one rounding.
 
 import pytest
 import torch
-from checks import UNIT_ROUNDOFF, assert_same_special_values
+from checks import UNIT_ROUNDOFF, assert_same_special_values, relative_error
 from test_conv_bn_relu import CHANNELS, DTYPES, GEOMETRIES, TAILS, VECTORS, assert_right, in_double, problem
 
 from resnet_fast.kernels import conv_bn_relu as module
+from resnet_fast.kernels import shared
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -58,7 +59,7 @@ def test_integers_bit_for_bit(geometry, dtype):
 
 @pytest.mark.parametrize("geometry", ("7x7 stem", "unequal", "odd groups", "72 channels", "many rows"))
 def test_64_bit_offsets(geometry, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_INT32", 0)
+    monkeypatch.setattr(shared, "MOST_INT32", 0)
     assert_right(*problem(**{**GEOMETRIES, **DEEP}[geometry], residual=True))
 
 
@@ -157,19 +158,44 @@ def test_nan_and_inf(value, where, relu, dtype):
     assert torch.allclose(out[finite].float(), ref[finite].float(), rtol=8 * UNIT_ROUNDOFF[dtype], atol=0.1)
 
 
+@pytest.mark.parametrize("geometry", ("1x1", "7x7 stem", "groups", "72 channels"))
+def test_tf32_rounds_its_operands(geometry, monkeypatch):
+    """To the nearest, so that the error is that of the rounded operands and no more."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tensors, how = problem(**{**GEOMETRIES, **DEEP}[geometry], residual=True)
+
+    def rounded(t):
+        return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    tf32 = {**tensors, "input": rounded(tensors["input"]), "weight": rounded(tensors["weight"])}
+    out, ref = conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**in_double(tf32), **how)
+    assert relative_error(out, ref) < 1e-6 < relative_error(out, conv_bn_relu_ref(**in_double(tensors), **how))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("where", ("input", "weight"))
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, 0x7F800001, -1, 0x7F800000), ids=hex)  # NaN of every kind, infinity
+def test_tf32_keeps_nan_and_inf(bits, where, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tensors, how = problem(c=3, k=5, h=5, w=5, padding=(0, 0), relu=False)
+    tensors[where].view(-1).view(torch.int32)[tensors[where].numel() // 2] = bits
+    assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
+
+
 def test_tf32_follows_torch():
     """By the older switch and the newer one; after the newer one is set, reading the older may raise."""
     cudnn = torch.backends.cudnn
-    assert cudnn.allow_tf32 and module._tf32_allowed()
+    cudnn.allow_tf32 = True
+    assert cudnn.allow_tf32 and shared.tf32_allowed()
     try:
         cudnn.allow_tf32 = False
-        assert not module._tf32_allowed()
+        assert not shared.tf32_allowed()
         cudnn.allow_tf32 = True
-        assert module._tf32_allowed()
+        assert shared.tf32_allowed()
         if hasattr(cudnn, "conv"):
             cudnn.conv.fp32_precision = "ieee"
-            assert not module._tf32_allowed()
+            assert not shared.tf32_allowed()
             cudnn.conv.fp32_precision = "tf32"
-            assert module._tf32_allowed()
+            assert shared.tf32_allowed()
     finally:
         cudnn.allow_tf32 = True
