@@ -112,10 +112,10 @@ def build_arguments(torch):
         extensions.append(
             ce.CUDAExtension(
                 "resnet_fast._C_cuda",
-                ["csrc/cuda/ops.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+                [*sorted(glob.glob("csrc/cuda/*.cpp")), *sorted(glob.glob("csrc/cuda/*.cu"))],
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-                depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+                depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
                 py_limited_api=True,
             )
         )

@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_conv_bn_relu_cpu(Tensor input, Tensor packed_weight, Tensor folded_bias, Tensor? residual, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor");
   m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "_conv_bn_relu_cuda(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, float eps, bool relu) -> Tensor");
   m.def("_pack_few_channels(Tensor weight) -> Tensor");
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");

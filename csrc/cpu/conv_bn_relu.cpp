@@ -23,23 +23,6 @@ Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-// `t` with the strides of a fresh channels_last tensor, also where a dimension of 1 leaves them open: what the
-// operator's fake promises.
-Tensor with_exact_strides(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const std::vector<int64_t> strides{c * h * w, 1, w * c, c};
-  const auto exact = [&](const Tensor& x) {
-    for (int64_t d = 0; d < 4; ++d)
-      if (x.stride(d) != strides[d]) return false;
-    return true;
-  };
-  if (exact(t)) return t;
-  const Tensor dense = torch::stable::contiguous(t, channels_last);
-  if (exact(dense)) return dense;
-  const std::vector<int64_t> sizes{t.size(0), c, h, w};
-  return call("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>());
-}
-
 }  // namespace
 
 Tensor conv_bn_relu_onednn(const Tensor& input,          // [N, C, H, W], any strides

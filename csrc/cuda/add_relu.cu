@@ -4,38 +4,16 @@
 // flight. A thread moves `unroll` vectors of 16 bytes per operand and step, a step of the grid covers
 // gridDim * blockDim * unroll vectors, and a grid-stride loop with 64-bit indices takes any size. Buffers whose start
 // is not 16-byte aligned (a view that begins inside a tensor) run the same kernel with narrower vectors.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
 #include "add_relu.h"
+#include "convert.cuh"
 
 namespace resnet_fast {
 namespace {
 
 constexpr int block_size = 256;
 constexpr int unroll = 2;
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
 
 // fmaxf(x, 0) would turn NaN into 0; the comparison below is false for NaN and keeps it, as torch.relu does.
 __device__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
@@ -128,18 +106,19 @@ int launch_aligned(const void* a, const void* b, void* out, int64_t n, cudaStrea
 
 }  // namespace
 
-int launch_add_relu(AddReluType type, const void* a, const void* b, void* out, int64_t n, void* stream) {
+int launch_add_relu(Type type, const void* a, const void* b, void* out, int64_t n, void* stream) {
   if (n == 0) return int(cudaSuccess);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (type) {
-    case AddReluType::float32:
+    case Type::float32:
       return launch_aligned<float>(a, b, out, n, s);
-    case AddReluType::bfloat16:
+    case Type::bfloat16:
       return launch_aligned<__nv_bfloat16>(a, b, out, n, s);
-    case AddReluType::float16:
+    case Type::float16:
       return launch_aligned<__half>(a, b, out, n, s);
+    default:
+      return int(cudaErrorInvalidValue);
   }
-  return int(cudaErrorInvalidValue);
 }
 
 }  // namespace resnet_fast
