@@ -115,12 +115,14 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    operators = ("add_relu",)
+    operators = ("add_relu", "conv_bn_relu")
     if _cuda_library_error is not None:
         return Backend("cuda", operators, (), _cuda_library_error)
     if not torch.cuda.is_available():
         return Backend("cuda", operators, (), "no CUDA device")
-    return Backend("cuda", operators, ("cuda",), "CUDA C++ kernels")
+    if not torch.backends.cudnn.is_available():
+        return Backend("cuda", ("add_relu",), ("cuda",), "CUDA C++ kernels; this torch has no cuDNN")
+    return Backend("cuda", operators, ("cuda",), "CUDA C++ kernels, cuDNN convolutions")
 
 
 def backends() -> dict[str, Backend]:

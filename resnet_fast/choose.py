@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,15 +34,18 @@ def choose(operator: str, device: str, dtype: torch.dtype) -> Choice:
 
     Raises RuntimeError if a forced backend has no kernel for it; the message says what it lacks.
     """
-    # torch.export switches oneDNN off while it traces; what it traces runs with it.
-    # (What torch.backends.mkldnn.enabled reads, at a sixth of its price.)
-    mkldnn_enabled = torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()
-    return _choose(operator, device, dtype, forced(), mkldnn_enabled)
+    # What torch.backends.mkldnn.enabled and torch.backends.cudnn.enabled read, at a sixth of their price.
+    if device == "cuda":
+        library_enabled = torch._C._get_cudnn_enabled()
+    else:
+        # torch.export switches oneDNN off while it traces; what it traces runs with it.
+        library_enabled = torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()
+    return _choose(operator, device, dtype, forced(), library_enabled)
 
 
 @cache
-def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, mkldnn_enabled: bool) -> Choice:
-    choice = _forced_choice(operator, device, dtype, name) if name else _best(operator, device, dtype, mkldnn_enabled)
+def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, library_enabled: bool) -> Choice:
+    choice = _forced_choice(operator, device, dtype, name) if name else _best(operator, device, dtype, library_enabled)
     if "choice" in os.environ.get("RESNET_FAST_LOG", "").split(","):
         print(
             f"[resnet_fast] {operator} {device} {dtype}: {choice.backend} ({choice.kernel}), {choice.reason}",
@@ -70,7 +74,7 @@ def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str) ->
     return Choice(name, kernel_name(operator, name, dtype), "use_backend")
 
 
-def _best(operator: str, device: str, dtype: torch.dtype, mkldnn_enabled: bool) -> Choice:
+def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool) -> Choice:
     def choice(backend: str, reason: str) -> Choice:
         return Choice(backend, kernel_name(operator, backend, dtype), reason)
 
@@ -79,16 +83,18 @@ def _best(operator: str, device: str, dtype: torch.dtype, mkldnn_enabled: bool) 
     if device == "cpu":
         if operator not in backends()["cpu"].operators:
             return choice("reference", "this torch has no oneDNN")
-        if operator == "conv_bn_relu" and not mkldnn_enabled:
+        if operator == "conv_bn_relu" and not library_enabled:
             return choice("reference", "torch.backends.mkldnn.enabled is False")
         return choice("cpu", "fused: one pass over the output")
     if device == "cuda":
-        # One pass (read a, read b, write) where torch makes two (3 + 2 transfers); not yet measured.
-        if operator == "add_relu":
-            for name in ("cuda", "triton"):
-                if "cuda" in backends()[name].devices:
-                    return choice(name, "fused: 3 transfers an element instead of 5")
-        return choice("reference", "our kernel is not yet measured against cuDNN; use_backend('triton') tries it")
+        works = [name for name in ("cuda", "triton") if "cuda" in backends()[name].devices]
+        if operator == "add_relu" and works:
+            return choice(works[0], "fused: 3 transfers an element instead of 5")
+        if operator == "conv_bn_relu" and not library_enabled:
+            return choice("reference", "torch.backends.cudnn.enabled is False")
+        if operator == "conv_bn_relu" and "cuda" in works:
+            return choice("cuda", "fused: one pass over the output")
+        return choice("reference", backends()["cuda"].reason)
     return choice("reference", f"no kernels for {device} tensors")
 
 
@@ -100,7 +106,42 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
         if operator == "add_relu":
             return f"C++ {cpu_level()}"
         return "oneDNN" if onednn_runs(dtype) else "oneDNN in float32"
-    return {"triton": "Triton", "cuda": "CUDA C++"}[backend]
+    if backend == "cuda":
+        return "cuDNN (large maps: Triton)" if operator == "conv_bn_relu" else "CUDA C++"
+    return "Triton"
+
+
+_LEAST_FOR_TRITON = 2**25  # elements of the output: those of 42 images in ResNet-50's first stage
+_MOST_FOR_CUDNN = 2**31 - 2**24  # elements of a map: its fused convolution takes fewer than 2^31
+
+
+@cache
+def _triton_takes_cuda() -> bool:
+    return "cuda" in backends()["triton"].devices
+
+
+def choose_on_cuda(
+    input: Tensor, weight: Tensor, stride: Sequence[int], groups: int, has_residual: bool, relu: bool
+) -> str:
+    """The backend of a convolution on CUDA where `choose` says "cuda": that or, where it is faster, "triton".
+
+    input [N, C, H, W], weight [K, C / groups, R, S]. Measured on an H100 in bfloat16 at batch 256
+    (benchmarks/gpu_campaign.py --steps kernels), milliseconds of Triton against cuDNN: 1x1 on 64 channels, into a
+    residual 0.46 against 0.49, with stride 2 0.04 against 0.31; the 7x7 stem 0.60 against 2.09. Without a ReLU cuDNN
+    has no fused bias, and a pass of its own costs more than its convolution gains (1x1, 64 to 256 filters: 0.26
+    against 0.78). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to launch.
+    """
+    k, c, r, s = weight.shape
+    pixels = input.shape[0] * input.shape[2] * input.shape[3]
+    outputs = pixels // (stride[0] * stride[-1]) * k
+    if outputs < _LEAST_FOR_TRITON or not _triton_takes_cuda():
+        return "cuda"
+    if max(pixels * c * groups, outputs) >= _MOST_FOR_CUDNN:
+        return "triton"
+    if weight.dtype not in _16_BIT or groups != 1:
+        return "cuda"
+    narrow = r == s == 1 and c <= 64 and (has_residual or stride[0] > 1)
+    return "triton" if c <= 4 or narrow or not relu else "cuda"
 
 
 def has_few_channels(weight: Tensor, groups: int, dtype: torch.dtype) -> bool:

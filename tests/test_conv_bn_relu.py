@@ -523,13 +523,112 @@ def test_from_many_threads():
         assert all(pool.map(run, range(200)))
 
 
+# On a GPU
+
+GPU_BACKENDS = ("cuda", "triton")
+
+
+def on_gpu(tensors):
+    return {name: None if t is None else t.cuda() for name, t in tensors.items()}
+
+
+def in_tf32(tensors, how):
+    """The exact result of float32 operands rounded to TF32. (cuDNN computes small problems in full float32.)"""
+
+    def rounded(t):
+        return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    short = {**tensors, "input": rounded(tensors["input"]), "weight": rounded(tensors["weight"])}
+    return conv_bn_relu_ref(**in_double(short), **how).float()
+
+
+def assert_right_on_gpu(tensors, how, backend):
+    tensors = on_gpu(tensors)
+    with resnet_fast.use_backend(backend):
+        out = conv_bn_relu(**tensors, **how)
+    stock = [conv_bn_relu_ref(**t, **how) for t in (tensors, in_channels_last(tensors))]
+    if backend == "triton" and out.dtype == torch.float32:
+        stock.append(in_tf32(tensors, how))
+    assert_accurate(out, conv_bn_relu_ref(**in_double(tensors), **how), stock)
+    assert out.stride() == torch.empty(out.shape, memory_format=torch.channels_last).stride()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_gpu_triton(geometry, dtype):
-    tensors, how = problem(**GEOMETRIES[geometry], bias=True, residual=True, dtype=dtype)
-    on_gpu = {n: None if t is None else t.cuda() for n, t in tensors.items()}
-    with resnet_fast.use_backend("triton"):
-        out = conv_bn_relu(**on_gpu, **how)
-    stock = [conv_bn_relu_ref(**t, **how) for t in (on_gpu, in_channels_last(on_gpu))]
-    assert_accurate(out, conv_bn_relu_ref(**in_double(on_gpu), **how), stock)
+def test_gpu_geometries(geometry, dtype, backend):
+    assert_right_on_gpu(*problem(**GEOMETRIES[geometry], bias=True, residual=True, dtype=dtype), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", (*GPU_BACKENDS, None))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail", TAILS)
+def test_gpu_tails(tail, dtype, backend):
+    assert_right_on_gpu(*problem(c=64, k=72, **TAILS[tail], dtype=dtype), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", FIRST_LAYERS)
+def test_gpu_first_layer(layer, dtype, backend):
+    assert_right_on_gpu(*problem(**FIRST_LAYERS[layer], dtype=dtype), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ("input", "residual", "bias", "bn_bias", "running_mean"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_gpu_nan_and_inf(value, where, dtype, backend):
+    tensors, how = problem(c=64, k=64, bias=True, residual=True, dtype=dtype)
+    tensors[where].view(-1)[tensors[where].numel() // 2] = value
+    tensors = on_gpu(tensors)
+    with resnet_fast.use_backend(backend):
+        assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_residual_may_be_the_input_and_nothing_goes_stale(backend):
+    tensors, how = problem(c=64, k=64, dtype=torch.bfloat16)
+    tensors = on_gpu({**tensors, "residual": tensors["input"]})
+    tensors["residual"] = tensors["input"]
+    for _ in range(2):
+        assert_right_on_gpu(tensors, how, backend)
+        tensors["weight"].data.mul_(-1)
+        tensors["running_var"].data.add_(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", (*GPU_BACKENDS, None))
+def test_gpu_inside_a_cuda_graph(backend):
+    tensors, how = problem(c=64, k=64, residual=True, dtype=torch.bfloat16)
+    tensors = on_gpu(tensors)
+    with torch.no_grad(), resnet_fast.use_backend(backend):
+        conv_bn_relu(**tensors, **how)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = conv_bn_relu(**tensors, **how)
+        tensors["input"].normal_()
+        graph.replay()
+        assert torch.equal(out, conv_bn_relu(**tensors, **how))
+
+
+@pytest.mark.gpu
+def test_gpu_more_elements_than_32_bits_count():
+    """cuDNN's fused convolution does not take that many."""
+    n = 2**31 // (64 * 56 * 56) + 1
+    tensors, how = problem(c=64, k=64, kernel=(1, 1), padding=(0, 0), dtype=torch.bfloat16)
+    tensors = on_gpu(tensors)
+    tensors["input"] = torch.randn(n, 56, 56, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        out = conv_bn_relu(**tensors, **how)
+        for part in (slice(0, 2), slice(n - 2, n)):
+            with resnet_fast.use_backend("triton"):
+                assert torch.equal(out[part], conv_bn_relu(**{**tensors, "input": tensors["input"][part]}, **how))
+        with resnet_fast.use_backend("cuda"), pytest.raises(RuntimeError, match="2\\^31"):
+            conv_bn_relu(**tensors, **how)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from checks import relative_error
+from checks import UNIT_ROUNDOFF, relative_error
 from torch import nn
 from torchvision.models import feature_extraction, segmentation
 from torchvision.models._utils import IntermediateLayerGetter
@@ -453,3 +453,22 @@ def test_explain_names_every_block(both):
     assert "No block of resnet_fast" in str(resnet_fast.explain(both[1]))
     with resnet_fast.use_backend("reference"):
         assert not any(fused(both[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d"))
+def test_on_a_gpu(name, dtype, x):
+    ours, stock = (m.cuda() for m in pair(name))
+    x = x.cuda()
+    with torch.no_grad():
+        ref = copy.deepcopy(stock).double()(x.double())
+        ours, stock, x = ours.to(dtype), stock.to(dtype), x.to(dtype)
+        layouts = [relative_error(stock(x), ref)]
+        stock.to(memory_format=torch.channels_last)
+        layouts.append(relative_error(stock(x.contiguous(memory_format=torch.channels_last)), ref))
+        assert ref.isfinite().all() and ref.std() > 0.01
+        assert all(fused(ours))
+        for backend in (None, "triton", "cuda"):
+            with resnet_fast.use_backend(backend):
+                assert relative_error(ours(x), ref) <= 2 * max(layouts) + UNIT_ROUNDOFF[dtype]

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast.nn import Residual, resnet_block
@@ -70,3 +72,45 @@ def test_textbook_resnet_18():
 def test_first_stage_keeps_its_channels():
     with pytest.raises(ValueError, match="input_channels=64 and num_channels=128"):
         resnet_block(64, 128, 2, first_block=True)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_watches_operators_sees_the_fused_ones():
+    """A block calls its kernels past torch's dispatcher, but only where nobody looks."""
+    block, x = Residual(4, 4).eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        block(x)
+        with _Names() as names:
+            block(x)
+        assert names.seen.count("resnet_fast.conv_bn_relu.default") == 2
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            block(x)
+        assert sum(e.name == "resnet_fast::conv_bn_relu" for e in profile.events()) == 2
+        traced = torch.jit.trace(block, x)
+        assert str(traced.inlined_graph).count("resnet_fast::conv_bn_relu") == 2
+
+
+def test_views_that_only_the_dispatcher_understands():
+    block, x = Residual(4, 4).eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(block(torch._neg_view(x)), block(-x))
+        assert torch.equal(resnet_fast.ops.add_relu(torch._neg_view(x), x), torch.relu(x - x))
+        assert torch.allclose(block(x.to_mkldnn().to_dense()), block(x))
+
+
+def test_numbers_of_other_types_are_what_the_dispatcher_makes_of_them():
+    block, x = Residual(4, 4).eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        ref = block(x)
+        block.conv1.stride, block.conv1.padding, block.conv2.dilation = 1, [1, 1], 1
+        block.bn1.eps, block.bn2.eps = np.float64(1e-5), np.float32(1e-5)
+        assert torch.allclose(block(x), ref)

@@ -157,7 +157,8 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
         bn.eps,
         relu,
     )
-    return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args)
+    typed = type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple and type(bn.eps) is float
+    return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args, typed)
 
 
 def shortcut(x: Tensor, projection: nn.Module | None) -> Tensor:

@@ -107,4 +107,4 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """
     if under_transform():
         return add_relu_ref(a, b)
-    return dispatch(_op, (a, b))
+    return dispatch(_op, (a, b), typed=isinstance(a, Tensor) and isinstance(b, Tensor))

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choose import choose, onednn_runs
+from ..backends import forced
+from ..choose import choose, choose_on_cuda, onednn_runs
 from ..kernels.packing import FoldedConv, Geometry
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
@@ -155,6 +156,9 @@ def _fake(
     return _empty_output(input, check_conv_args(input, *parameters, residual, *pairs, groups))
 
 
+_op_cuda = torch.ops.resnet_fast._conv_bn_relu_cuda.default
+
+
 def _kernel(
     input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
     stride, padding, dilation, groups, eps, relu,
@@ -171,10 +175,21 @@ def _kernel(
             if out is not None:
                 return out
 
+    elif backend == "cuda":
+        if forced() is None:
+            backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
+        if backend == "cuda":
+            try:  # it checks what it relies on, and in words only the functions below do
+                return _op_cuda(input, *parameters, residual, stride, padding, dilation, groups, eps, relu)
+            except RuntimeError:
+                pass
+
     pairs = _pairs(stride, padding, dilation)
     size = check_conv_args(input, *parameters, residual, *pairs, groups)
     if 0 in size:
         return _empty_output(input, size)
+    if backend == "cuda":
+        return _op_cuda(input, *parameters, residual, *pairs, groups, eps, relu)
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 

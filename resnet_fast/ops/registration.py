@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 library = torch.library.Library("resnet_fast", "IMPL")
 
+_kernels: dict[Any, Callable[..., Tensor]] = {}  # by operator
+
 
 def register(
     name: str,
@@ -36,6 +38,7 @@ def register(
             _refuse_forward_ad(name)
         return kernel(*args)
 
+    _kernels[op] = kernel
     for key in ("CPU", "CUDA"):
         library.impl(name, checked_kernel, key)
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=library)
@@ -44,12 +47,38 @@ def register(
         library.impl(name, _autocast_kernel(op, key, device_type, autocast), key)
 
 
-def dispatch(op: Any, args: tuple) -> Tensor:
-    """``op(*args)``; where no gradient can be asked for, past the autograd key, whose kernel is Python."""
+def dispatch(op: Any, args: tuple, typed: bool = False) -> Tensor:
+    """``op(*args)``; where no gradient can be asked for, past autograd, whose kernel is Python, and where nobody else
+    could see the difference, past the dispatcher: 8 us of 70 a fused convolution takes from Python at batch 1.
+
+    The caller has asked `under_transform`. ``typed``: every argument that is no tensor has exactly the type that the
+    kernel takes; the dispatcher would convert or refuse it.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return _kernels[op](*args) if typed and _only_the_kernel_is_left(args) else op(*args)
+
+
+def _only_the_kernel_is_left(args: tuple) -> bool:
+    """Whether the dispatcher would do nothing but call the operator's CPU or CUDA kernel: no autocast, trace, mode or
+    profiler, plain tensors in plain memory."""
+    if (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for t in args:
+        kind = type(t)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if t.layout is not torch.strided or t.is_neg() or not (t.is_cpu or t.is_cuda):
+                return False
+        elif isinstance(t, Tensor):
+            return False
+    return True
 
 
 def _autocast_kernel(op: Any, key: str, device_type: str, autocast: Callable[..., tuple]) -> Callable[..., Tensor]:
