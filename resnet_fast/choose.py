@@ -112,7 +112,6 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
 
 
 _LEAST_FOR_TRITON = 2**25  # elements of the output: those of 42 images in ResNet-50's first stage
-_MOST_FOR_CUDNN = 2**31 - 2**24  # elements of a map: its fused convolution takes fewer than 2^31
 
 
 @cache
@@ -127,21 +126,24 @@ def choose_on_cuda(
 
     input [N, C, H, W], weight [K, C / groups, R, S]. Measured on an H100 in bfloat16 at batch 256
     (benchmarks/gpu_campaign.py --steps kernels), milliseconds of Triton against cuDNN: 1x1 on 64 channels, into a
-    residual 0.46 against 0.49, with stride 2 0.04 against 0.31; the 7x7 stem 0.60 against 2.09. Without a ReLU cuDNN
+    residual 0.46 against 0.49, with stride 2 0.08 against 0.36; the 7x7 stem 0.54 against 2.08. Without a ReLU cuDNN
     has no fused bias, and a pass of its own costs more than its convolution gains (1x1, 64 to 256 filters: 0.26
-    against 0.78). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to launch.
+    against 0.79). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to launch.
     """
     k, c, r, s = weight.shape
-    pixels = input.shape[0] * input.shape[2] * input.shape[3]
-    outputs = pixels // (stride[0] * stride[-1]) * k
-    if outputs < _LEAST_FOR_TRITON or not _triton_takes_cuda():
-        return "cuda"
-    if max(pixels * c * groups, outputs) >= _MOST_FOR_CUDNN:
-        return "triton"
-    if weight.dtype not in _16_BIT or groups != 1:
+    outputs = input.shape[0] * input.shape[2] * input.shape[3] // (stride[0] * stride[-1]) * k
+    if outputs < _LEAST_FOR_TRITON or weight.dtype not in _16_BIT or groups != 1 or not _triton_takes_cuda():
         return "cuda"
     narrow = r == s == 1 and c <= 64 and (has_residual or stride[0] > 1)
     return "triton" if c <= 4 or narrow or not relu else "cuda"
+
+
+def choose_for_large(elements: int) -> str:
+    """The backend of a convolution on CUDA whose larger map has that many elements: cuDNN's fused convolution, as torch
+    calls it, takes fewer than 2^31."""
+    if elements < 2**31:
+        return "cuda"
+    return "triton" if _triton_takes_cuda() else "reference"
 
 
 def has_few_channels(weight: Tensor, groups: int, dtype: torch.dtype) -> bool:

@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from checks import UNIT_ROUNDOFF, assert_accurate, assert_passes_at_level, asser
 from torch.library import opcheck
 
 import resnet_fast
+from resnet_fast import choose
 from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.choose import has_few_channels
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
@@ -616,6 +618,87 @@ def test_gpu_inside_a_cuda_graph(backend):
         tensors["input"].normal_()
         graph.replay()
         assert torch.equal(out, conv_bn_relu(**tensors, **how))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", BAD)
+def test_gpu_bad_input(case):
+    tensors, how = problem(bias=True)
+    change, message = BAD[case]
+    for name, value in change.items():
+        (tensors if name in tensors else how)[name] = value
+    moved = {n: t if t is None or t.is_meta else t.cuda() for n, t in tensors.items()}
+    with pytest.raises(RuntimeError, match=message.replace("device cpu", "device cuda:0")):
+        conv_bn_relu(**moved, **how)
+
+
+@pytest.mark.gpu
+def test_gpu_batch_0_and_numbers_for_pairs():
+    tensors, how = problem(n=0, dtype=torch.bfloat16)
+    assert conv_bn_relu(**on_gpu(tensors), **how).shape == (0, 16, 9, 7)
+    tensors, how = problem(dtype=torch.bfloat16)
+    ref = conv_bn_relu(**on_gpu(tensors), **how)
+    assert torch.equal(conv_bn_relu(**on_gpu(tensors), **(how | {"stride": 1, "padding": [1], "dilation": (1,)})), ref)
+
+
+def test_choice_on_cuda(monkeypatch):
+    """By shape alone, so that it can be asked without a GPU."""
+
+    def chosen(n, c, size, k, kernel, stride=1, groups=1, residual=False, relu=True, dtype=torch.bfloat16):
+        x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
+        weight = torch.empty(k, c // groups, kernel, kernel, dtype=dtype, device="meta")
+        return choose.choose_on_cuda(x, weight, [stride] * 2, groups, residual, relu)
+
+    for has_triton, triton in ((True, "triton"), (False, "cuda")):
+        monkeypatch.setattr(choose, "_triton_takes_cuda", lambda has_triton=has_triton: has_triton)
+        assert chosen(256, 3, 224, 64, 7, 2) == triton
+        assert chosen(256, 64, 56, 256, 1, relu=False) == triton
+        assert chosen(256, 64, 56, 256, 1, residual=True) == triton
+        assert chosen(1, 3, 224, 64, 7, 2) == "cuda"
+        assert chosen(256, 3, 224, 64, 7, 2, dtype=torch.float32) == "cuda"
+        assert chosen(256, 64, 56, 64, 3) == "cuda"
+        assert chosen(256, 64, 56, 64, 1, groups=2, relu=False) == "cuda"
+        assert choose.choose_for_large(2**31 - 1) == "cuda"
+        assert choose.choose_for_large(2**31) == ("triton" if has_triton else "reference")
+
+
+@pytest.fixture
+def cuda_stand_in(monkeypatch):
+    """What the operator does on CUDA, on CPU tensors: the C++ operator is replaced by torch's, which as bluntly refuses
+    what it cannot run. Counts its calls."""
+    module = sys.modules["resnet_fast.ops.conv_bn_relu"]
+    calls = []
+
+    def op_cuda(input, weight, *rest):
+        calls.append(input.shape)
+        stride, padding, dilation = rest[6:9]
+        if not (len(stride) == len(padding) == len(dilation) == 2 and input.numel() > 0):
+            raise RuntimeError("conv_bn_relu: bad arguments")
+        module.check_conv_args(input, weight, *rest[:6], stride, padding, dilation, rest[9])
+        return conv_bn_relu_ref(input, weight, *rest).contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(module, "_op_cuda", op_cuda)
+    monkeypatch.setattr(module, "choose", lambda *_: choose.Choice("cuda", "cuDNN", "stand-in"))
+    return calls
+
+
+def test_on_cuda_the_operator_is_called_first_and_once(cuda_stand_in):
+    tensors, how = problem(bias=True, residual=True)
+    assert_right(tensors, how)
+    assert len(cuda_stand_in) == 1
+    for change in ({"stride": [1]}, {"padding": (1,)}, {"dilation": 1}):
+        assert_right(tensors, how | change)
+    assert conv_bn_relu(**{**tensors, "input": tensors["input"][:0], "residual": None}, **how).shape == (0, 16, 9, 7)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_on_cuda_bad_input_is_refused_in_the_same_words(case, cuda_stand_in):
+    tensors, how = problem(bias=True)
+    change, message = BAD[case]
+    for name, value in change.items():
+        (tensors if name in tensors else how)[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        conv_bn_relu(**tensors, **how)
 
 
 @pytest.mark.gpu

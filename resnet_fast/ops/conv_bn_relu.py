@@ -6,13 +6,14 @@ The pieces and their order are explained in add_relu.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import forced
-from ..choose import choose, choose_on_cuda, onednn_runs
+from ..choose import choose, choose_for_large, choose_on_cuda, onednn_runs
 from ..kernels.packing import FoldedConv, Geometry
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
@@ -176,20 +177,23 @@ def _kernel(
                 return out
 
     elif backend == "cuda":
-        if forced() is None:
-            backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
-        if backend == "cuda":
-            try:  # it checks what it relies on, and in words only the functions below do
+        try:  # the C++ operator checks what it relies on; only the functions below do it in words
+            if forced() is None:
+                backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
+            if backend == "cuda":
                 return _op_cuda(input, *parameters, residual, stride, padding, dilation, groups, eps, relu)
-            except RuntimeError:
-                pass
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+            pass
 
     pairs = _pairs(stride, padding, dilation)
     size = check_conv_args(input, *parameters, residual, *pairs, groups)
     if 0 in size:
         return _empty_output(input, size)
     if backend == "cuda":
-        return _op_cuda(input, *parameters, residual, *pairs, groups, eps, relu)
+        if forced() is None:
+            backend = choose_for_large(max(input.numel(), prod(size)))
+        if backend == "cuda":
+            return _op_cuda(input, *parameters, residual, *pairs, groups, eps, relu)
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
