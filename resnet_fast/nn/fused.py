@@ -119,13 +119,18 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
     False under ONNX export, torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as
     fast.
     """
+    # Few questions, and cheap ones first: after a convolution none of this code is in the CPU's cache any more, and
+    # each costs microseconds.
     if x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export():
         return False
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
-    weight, dtype = conv.weight, x.dtype
-    if device is None or x.device != weight.device:
+    weight, dtype = conv._parameters["weight"], x.dtype
+    if x.is_cpu and weight.is_cpu:
+        device = "cpu"
+    elif x.is_cuda and weight.is_cuda and x.device == weight.device:
+        device = "cuda"
+    else:
         return False
-    if torch.is_autocast_enabled(device):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
         # Under autocast a float32 residual would make torch's block return float32: leave that one to torch.
         if dtype != torch.get_autocast_dtype(device) or dtype == torch.float64:
             return False
