@@ -1,17 +1,18 @@
 """What of benchmarks/gpu_campaign.py can be judged without a GPU."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 CAMPAIGN = Path(__file__).parent.parent / "benchmarks" / "gpu_campaign.py"
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, str(CAMPAIGN), *arguments], capture_output=True, text=True)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(CAMPAIGN), *arguments], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("name", "convolutions", "gflops"), [("resnet18", 20, 3.63), ("resnet50", 53, 8.17)])
@@ -35,7 +36,6 @@ def test_unknown_steps_are_refused_in_words(tmp_path):
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_gpu_is_said_in_words(tmp_path):
     result = run("--out", str(tmp_path))
     assert result.returncode == 2 and "no CUDA device" in result.stderr
