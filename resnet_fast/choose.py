@@ -126,9 +126,10 @@ def choose_on_cuda(
 
     input [N, C, H, W], weight [K, C / groups, R, S]. Measured on an H100 in bfloat16 at batch 256
     (benchmarks/gpu_campaign.py --steps kernels), milliseconds of Triton against cuDNN: 1x1 on 64 channels, into a
-    residual 0.46 against 0.49, with stride 2 0.08 against 0.39; the 7x7 stem 0.54 against 2.08. Without a ReLU cuDNN
-    has no fused bias, and a pass of its own costs more than its convolution gains (1x1, 64 to 256 filters: 0.26
-    against 0.79). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to launch.
+    residual 0.46 against 0.49, with stride 2 0.08 against 0.39; the 7x7 stem 0.54 (before its mask) against 2.08.
+    Without a ReLU cuDNN has no fused bias, and a pass of its own costs more than its convolution gains (1x1, 64 to 256
+    filters: 0.26 against 0.79). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to
+    launch.
     """
     k, c, r, s = weight.shape
     outputs = input.shape[0] * input.shape[2] * input.shape[3] // (stride[0] * stride[-1]) * k

@@ -53,8 +53,8 @@ CONFIGS: dict[str, dict[tuple[str, str], ConvConfig]] = {
     },
 }
 # Measured on an H100 in bfloat16 at batch 256 (benchmarks/gpu_campaign.py --steps tune) on the 1x1 layers of ResNet-50
-# that run here by default, those without a ReLU and those on 64 channels into a residual: 1.1-1.4 times the speed of the
-# default's tile. With a residual 128 x 128 would be 1.3 times as fast again (0.36 ms instead of 0.46), but spills.
+# that run here by default, those without a ReLU and those on 64 channels into a residual: 1.1-1.4 times the speed of
+# the default's tile. With a residual 128 x 128 would be 1.3 times as fast again (0.36 ms instead of 0.46), but spills.
 CONFIGS["sm_90"] = CONFIGS["default"] | {
     ("16-bit", "vectors"): ConvConfig(128, 128, 64, 4, 3),
     ("16-bit", "vectors and residual"): ConvConfig(64, 128, 64, 4, 3),

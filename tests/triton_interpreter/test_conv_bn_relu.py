@@ -158,6 +158,19 @@ def test_nan_and_inf(value, where, relu, dtype):
     assert torch.allclose(out[finite].float(), ref[finite].float(), rtol=8 * UNIT_ROUNDOFF[dtype], atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("kernel", (1, 3, 5, 7))
+@pytest.mark.parametrize("c", (1, 2, 3, 4))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_nan_and_inf_beside_the_window_stay_there(value, c, kernel, dtype):
+    """The kernel for few channels reads more columns than the window has."""
+    tensors, how = problem(n=1, c=c, k=5, h=7, w=33, kernel=(kernel, kernel), stride=(2, 2), relu=False, dtype=dtype)
+    for column in (0, 11, 20, 32):
+        tensors["input"][0, c - 1, 3, column] = value
+        assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
+        tensors["input"][0, c - 1, 3, column] = 1.0
+
+
 @pytest.mark.parametrize("geometry", ("1x1", "7x7 stem", "groups", "72 channels"))
 def test_tf32_rounds_its_operands(geometry, monkeypatch):
     """To the nearest, so that the error is that of the rounded operands and no more."""
