@@ -209,8 +209,7 @@ def _needs_int64(input: Tensor, weight: Tensor, out: Tensor, padding: list[int])
     """
     n, c, h, w = input.shape
     padded = n * c * (h + 2 * padding[0]) * (w + 2 * padding[1])
-    reach = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return max(padded, out.numel(), reach) > shared.MOST_INT32
+    return max(padded, out.numel(), shared.reach(weight)) > shared.MOST_INT32
 
 
 def conv_bn_relu_triton(

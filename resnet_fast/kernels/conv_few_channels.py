@@ -164,13 +164,8 @@ def takes(input: Tensor, weight: Tensor, out: Tensor, stride: list[int], dilatio
         return False
     layout = _Layout.of(input, weight, out, stride, dilation)
     padded = input.shape[0] * layout.ph * layout.pw * layout.cp
-    reach = max(_reach(input[0]), _reach(weight))
+    reach = max(shared.reach(input[0]), shared.reach(weight))
     return layout.taps * layout.cp <= _MOST_DEPTH and max(padded, out.numel(), reach) <= shared.MOST_INT32
-
-
-def _reach(t: Tensor) -> int:
-    """The offset of the last element; a view's strides may be of any size."""
-    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def conv_few_channels_triton(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Where a tensor has more elements than this, offsets are computed in 64 bits. Below 2^31 by more than the rows of a
 # tile, since the row numbers of the last tile run past the last row and must not wrap around.
@@ -56,6 +57,11 @@ def batch_norm_store(
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a plain maximum turns NaN into 0
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=ok)
+
+
+def reach(t: Tensor) -> int:
+    """The offset of the last element; a view's strides may be of any size."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def tf32_allowed() -> bool:
