@@ -39,7 +39,7 @@ $(OLDEST)/.installed: $(SETUP)
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import torch; assert torch.__version__.startswith('2.11.'), torch.__version__"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
 
 $(VENV)/.dev: $(SETUP)
