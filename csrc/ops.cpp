@@ -68,12 +68,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
   m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
   m.def("_cpu_level() -> int");
+  m.def("_fma_peak(int iterations, bool bfloat16) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu_plain));
   m.impl("add_relu", TORCH_BOX(&add_relu_plain));
   m.impl("_cpu_level", TORCH_BOX(&resnet_fast::cpu_level_index));
+  m.impl("_fma_peak", TORCH_BOX(&resnet_fast::fma_peak));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {

@@ -16,9 +16,10 @@ struct Level {
   Kernels kernels;
 };
 
-#define RESNET_FAST_KERNELS(level)                                                        \
-  {level::add_relu_f32,  level::add_relu_bf16, level::add_relu_f16, level::all_finite_32, \
-   level::all_finite_16, level::conv_row_f32,  level::conv_block}
+#define RESNET_FAST_KERNELS(level)                                                         \
+  {level::add_relu_f32,  level::add_relu_bf16, level::add_relu_f16,  level::all_finite_32, \
+   level::all_finite_16, level::conv_row_f32,  level::conv_block,    level::fma_f32,       \
+   level::fma_bf16,      level::fma_f32_flops, level::fma_bf16_flops}
 
 // From the least to the most demanding; the Python side (backends.py) has the same names in the same order.
 const Level levels[] = {

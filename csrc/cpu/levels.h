@@ -30,6 +30,9 @@ struct Kernels {
   bool (*all_finite_16)(const uint16_t* x, int64_t n, uint16_t exponent_mask);
   void (*conv_row_f32)(const ConvRow& row);
   int64_t conv_block;  // filters that conv_row_f32 computes at a time
+  float (*fma_f32)(int64_t n, float factor);
+  float (*fma_bf16)(int64_t n, float factor);
+  int64_t fma_f32_flops, fma_bf16_flops;  // of one of the n iterations; 0 where the level has no such instruction
 };
 
 // What a kernel file of one level exports.
@@ -42,6 +45,9 @@ struct Kernels {
   bool all_finite_16(const uint16_t* x, int64_t n, uint16_t exponent_mask);           \
   void conv_row_f32(const ConvRow& row);                                              \
   extern const int64_t conv_block;                                                    \
+  float fma_f32(int64_t n, float factor);                                             \
+  float fma_bf16(int64_t n, float factor);                                            \
+  extern const int64_t fma_f32_flops, fma_bf16_flops;                                 \
   }
 
 RESNET_FAST_DECLARE_LEVEL(portable)

@@ -1,0 +1,4 @@
+from . import MODELS, write
+
+for name in MODELS:
+    write(name)
