@@ -1,0 +1,162 @@
+"""One cell of the peers' table: a model, a batch and a dtype, on which every peer is checked, then timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..measure import Timing, interleaved, random_model, ratio, relative_rms
+from . import limits
+from .memory import measure as measure_memory
+from .peers import OURS, Call, Peer, Subject
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SECONDS_PER_PEER = 20.0
+CALIBRATION_IMAGES = 8
+
+# Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_CUDA_TOLERANCES = _TOLERANCES | {torch.float32: 1e-2}
+_WARM = 0.06  # seconds; see measure.interleaved
+
+
+def tolerance(device: str, dtype: torch.dtype) -> float:
+    """Largest relative RMS that an output may have against float64 before it counts as wrong."""
+    return (_CUDA_TOLERANCES if device == "cuda" else _TOLERANCES)[dtype]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured. device: "cpu" or "cuda"; dtype: a name in DTYPES."""
+
+    model: str
+    batch: int
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch}, {self.dtype}"
+
+    def bound(self) -> limits.Bound:
+        """The least time for a forward pass, with every block a kernel of its own."""
+        kernels = limits.inference(self.model, "block")
+        return limits.bound(kernels, self.batch, DTYPES[self.dtype], limits.ceilings(self.device))
+
+
+@dataclass
+class Result:
+    """What is known of a peer in one cell: its error, times and memory, or why it has none (``refused``)."""
+
+    peer: Peer
+    note: str = ""
+    refused: str = ""
+    error: float | None = None
+    prepare_s: float | None = None
+    first_call_s: float | None = None
+    timing: Timing | None = None
+    memory: dict[str, float] | None = None
+
+    def to_dict(self, cell: Cell, ours: Timing | None) -> dict:
+        facts = {"refused": self.refused or None, "note": self.note or None, "relative_rms": self.error}
+        facts |= {"prepare_s": self.prepare_s, "first_call_s": self.first_call_s} | (self.memory or {})
+        if self.timing is None:
+            return facts
+        t = self.timing
+        facts |= {"median_ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80}
+        facts |= {"images_per_s": cell.batch / t.median} | cell.bound().figures(t.median)
+        facts |= {"time_over_ours": ratio(t, ours) if ours else None}
+        return facts | {"samples_ms": [1e3 * s for s in t.samples], "rounds": t.rounds, "dropped": t.dropped}
+
+
+def images(batch: int) -> Tensor:
+    """The images [at least batch and 8, 3, 224, 224] of every run, float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(max(CALIBRATION_IMAGES, batch), 3, 224, 224, generator=generator)
+
+
+def subject(cell: Cell, stock: nn.Module) -> tuple[Subject, Tensor]:
+    """What the peers run, and the logits of a float64 run of the same weights. stock: float32, on the CPU."""
+    dtype = DTYPES[cell.dtype]
+    stock = copy.deepcopy(stock).to(dtype)
+    x = images(cell.batch)[: cell.batch].to(cell.device, dtype)
+    reference = stock.to(cell.device).double()(x.double()).cpu()
+    if not reference.isfinite().all() or not reference.std() > 0.01:
+        raise RuntimeError(f"{cell}: the random model's outputs are not finite or have no spread; nothing to compare")
+    # Rounded to the dtype above, so that rounding again changes nothing.
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in stock.state_dict().items()}
+    return Subject(cell.model, state, x), reference
+
+
+def one_line(error: BaseException) -> str:
+    """The class and first line of an error, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+
+
+def _check(result: Result, subject: Subject, reference: Tensor) -> Call | None:
+    """Prepares the peer and compares its first output; None, with ``result.refused`` saying why, if it fails."""
+    result.refused = result.peer.absent()
+    if result.refused:
+        return None
+    try:
+        start = time.perf_counter()
+        prepared = result.peer.prepare(subject)
+        result.prepare_s = time.perf_counter() - start
+        start = time.perf_counter()
+        out = prepared.call().cpu()
+        result.first_call_s = time.perf_counter() - start
+    except Exception as error:  # a compiler that is missing or fails must not end the others
+        result.refused = f"does not run here ({one_line(error)})"
+        return None
+    result.note, result.error = prepared.note, relative_rms(out, reference)
+    if not result.error < tolerance(subject.images.device.type, subject.images.dtype):  # so that NaN is refused
+        result.refused = "wrong output: not timed"
+        return None
+    return prepared.call
+
+
+@torch.no_grad()
+def run(
+    cell: Cell, stock: nn.Module, peers: Sequence[Peer], rounds: int, memory: bool, bar: Callable[[int], object]
+) -> dict[str, Result]:
+    """Checks and times every peer. stock: torchvision's model, float32 on the CPU; bar: called with 1 a sample."""
+    torch._dynamo.reset()  # the batch of the last cell would make this one's graphs dynamic
+    shared, reference = subject(cell, stock)
+    results = {peer.name: Result(peer) for peer in peers}
+    calls = {}
+    for name, result in results.items():
+        call = _check(result, shared, reference)
+        if call is None:
+            bar(rounds)
+        else:
+            calls[name] = call
+    timings = interleaved(calls, rounds, bar, SECONDS_PER_PEER, _WARM if cell.device == "cpu" else 0.0)
+    for name, timing in timings.items():
+        results[name].timing = timing
+    calls.clear()
+    if memory:
+        for name in timings:
+            results[name].memory = measure_memory(shared, results[name].peer)
+    return results
+
+
+def to_dict(cell: Cell, results: dict[str, Result]) -> dict:
+    """The cell as it stands in a file of results."""
+    ours = results[OURS].timing if OURS in results else None
+    bound = cell.bound()
+    head = {"model": cell.model, "batch": cell.batch, "dtype": cell.dtype, "device": cell.device}
+    head |= {"bound_ms": 1e3 * bound.seconds, "gflop": bound.flops / 1e9, "least_mb": bound.bytes / 1e6}
+    return head | {"peers": {name: result.to_dict(cell, ours) for name, result in results.items()}}
+
+
+def models(names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Name and random torchvision model (float32, on the CPU, eval mode) of each."""
+    import torchvision
+
+    for name in names:
+        yield name, random_model(getattr(torchvision.models, name), images(0))
