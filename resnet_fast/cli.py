@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import http.client
+import itertools
 import json
 import math
 import os
 import pickle
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -20,19 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backends
-from .measure import Timing, calibrate, environment, interleaved, ratio, relative_rms
+from .bench import cells, compare, limits
+from .bench.cells import CALIBRATION_IMAGES, DTYPES, one_line
+from .bench.peers import OURS, PEERS, Peer, peers
+from .bench.results import table, write_json
+from .measure import environment, interleaved, random_model
 from .nn.explain import explain
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "from random weights: means nothing"
-
-# Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default.
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_CUDA_TOLERANCES = _TOLERANCES | {torch.float32: 1e-2}
-
-_SECONDS_PER_FUNCTION = 20.0
-_CALIBRATION_IMAGES = 8
-OURS = "resnet_fast"
 
 
 class CliError(Exception):
@@ -90,27 +84,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else environment()["cpu"]
 
 
-def _random_model(build: Callable[..., nn.Module], images: Tensor) -> nn.Module:
-    """A random model, always the same, whose outputs are finite, have spread and do not amplify rounding."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build(weights=None)
-    # With branches as strong as the shortcuts, a rounding error grows in every block: ResNet-152 in bfloat16 is off by
-    # 20 % although each operator is right. Trained networks have weak branches; so has this one.
-    for block in model.modules():
-        last = getattr(block, "bn3", None) or getattr(block, "bn2", None)
-        if last is not None:
-            nn.init.constant_(last.weight, 0.25)
-    return calibrate(model, images)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their headings, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 # info
 
 
@@ -161,13 +134,8 @@ def _photo(path: str) -> Any:
     except FileNotFoundError:
         raise CliError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen classes on broken files
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else _one_line(error)
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
         raise CliError(f"{path}: {reason}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _load_file(path: str) -> dict[str, Tensor]:
@@ -176,7 +144,7 @@ def _load_file(path: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CliError(f"{path}: no such file") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CliError(f"{path}: not a file of weights ({_one_line(error)})") from error
+        raise CliError(f"{path}: not a file of weights ({one_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("fc.weight"), Tensor):
         raise CliError(f"{path}: not the state_dict of a ResNet (it has no fc.weight)")
     return state
@@ -215,7 +183,7 @@ def _download(member: Any) -> dict[str, Tensor] | None:
         return member.get_state_dict(progress=True, check_hash=True)
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash is wrong
         print(
-            f"resnet-fast: the weights {member} cannot be downloaded ({_one_line(error)}); going on with random "
+            f"resnet-fast: the weights {member} cannot be downloaded ({one_line(error)}); going on with random "
             "weights, whose labels mean nothing. Offline, use --weights FILE.pth",
             file=sys.stderr,
         )
@@ -225,7 +193,7 @@ def _download(member: Any) -> dict[str, Tensor] | None:
 def _pair(builders: _Builders, weights: _Weights, images: Tensor) -> dict[str, nn.Module]:
     """Our model and torchvision's with the same weights, in eval mode."""
     if weights.state is None:
-        state = _random_model(builders.stock, _batch_of(images)).state_dict()
+        state = random_model(builders.stock, _batch_of(images)).state_dict()
     else:
         state = weights.state
     pair = {}
@@ -244,7 +212,7 @@ def _pair(builders: _Builders, weights: _Weights, images: Tensor) -> dict[str, n
 def _batch_of(images: Tensor) -> Tensor:
     """The images and their mirror images, repeated to a batch that gives BatchNorm statistics."""
     both = torch.cat([images, images.flip(-1)])
-    return both.repeat(math.ceil(_CALIBRATION_IMAGES / len(both)), 1, 1, 1)
+    return both.repeat(math.ceil(CALIBRATION_IMAGES / len(both)), 1, 1, 1)
 
 
 def _labels(logits: Tensor, weights: _Weights, k: int) -> list[str]:
@@ -284,175 +252,62 @@ def _classify(args: argparse.Namespace) -> int:
 # bench
 
 
-@dataclass(frozen=True)
-class _Peer:
-    """One way to run a model; ``prepare`` takes (our model, torchvision's, images), each its own, and gives a call."""
-
-    name: str
-    prepare: Callable[[nn.Module, nn.Module, Tensor], Callable[[], Tensor]]
-    compiled: bool = False
-
-
-def _channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-
-
-def _run_ours(ours: nn.Module, stock: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: ours(x)
+def _chosen_peers(args: argparse.Namespace, device: str) -> list[Peer]:
+    """--peers with names: those; without: all; not given: those that come with torch."""
+    known = peers(device)
+    if args.peers:
+        unknown = [name for name in args.peers if name not in known]
+        if unknown:
+            raise CliError(f"--peers: unknown {unknown[0]!r}; the peers on {device} are {', '.join(known)}")
+        return [peer for name, peer in known.items() if name in (OURS, *args.peers)]
+    chosen = [peer for peer in known.values() if args.peers is not None or not peer.packages]
+    return [peer for peer in chosen if args.compile or not peer.compiled]
 
 
-def _run_eager(ours: nn.Module, stock: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: stock(x)
-
-
-def _run_channels_last(ours: nn.Module, stock: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    model, x = _channels_last(stock, x)
-    return lambda: model(x)
-
-
-def _run_compiled(ours: nn.Module, stock: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    model, x = _channels_last(stock, x)
-    model = torch.compile(model)
-    return lambda: model(x)
-
-
-def _run_frozen(ours: nn.Module, stock: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    import torch._inductor.config as inductor
-
-    model, x = _channels_last(stock, x)
-    # Named as an option too, since Dynamo would otherwise take the graph of `_run_compiled` for this one's.
-    model = torch.compile(model, options={"freezing": True})
-
-    def call() -> Tensor:
-        with inductor.patch(freezing=True):
-            return model(x)
-
-    return call
-
-
-_PEERS = (
-    _Peer(OURS, _run_ours),
-    _Peer("torch", _run_eager),
-    _Peer("torch channels_last", _run_channels_last),
-    _Peer("torch.compile", _run_compiled, compiled=True),
-    _Peer("torch.compile freezing", _run_frozen, compiled=True),
-)
-
-
-@dataclass
-class _Result:
-    """What is known of a peer in one cell: its error, the time of its first call, its samples, or why it has none."""
-
-    peer: _Peer
-    error: float | None = None
-    first_call_s: float | None = None
-    timing: Timing | None = None
-    refused: str = ""
-
-    def to_dict(self) -> dict:
-        facts = {"relative_rms": self.error, "first_call_s": self.first_call_s, "refused": self.refused or None}
-        if self.timing is not None:
-            t = self.timing
-            facts |= {"median_ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80}
-            facts |= {"samples_ms": [1e3 * s for s in t.samples], "rounds": t.rounds, "dropped": t.dropped}
-        return facts
-
-
-def _tolerance(device: torch.device, dtype: torch.dtype) -> float:
-    return (_CUDA_TOLERANCES if device.type == "cuda" else _TOLERANCES)[dtype]
-
-
-def _prepare(result: _Result, models: tuple[nn.Module, nn.Module], x: Tensor, ref: Tensor) -> Callable[[], Tensor]:
-    """The peer's call, made and checked once; on failure ``result.refused`` says why."""
-    start = time.perf_counter()
+def _load_results(path: str) -> dict:
     try:
-        call = result.peer.prepare(*map(copy.deepcopy, models), x)
-        out = call().cpu()
-    except Exception as error:  # a compiler that is missing or fails must not end the others
-        result.refused = f"does not run here ({_one_line(error)})"
-        return lambda: ref
-    result.first_call_s = time.perf_counter() - start
-    result.error = relative_rms(out, ref)
-    if not result.error < _tolerance(x.device, x.dtype):  # so that NaN is refused
-        result.refused = "wrong output: not timed"
-    return call
+        with open(path) as file:
+            found = json.load(file)
+        _ = found["cells"], found["environment"]
+    except OSError as error:
+        raise CliError(f"--compare {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CliError(f"--compare {path}: not a file of `bench --json` ({one_line(error)})") from error
+    return found
 
 
-def _cell(
-    name: str, stock: nn.Module, x: Tensor, peers: Sequence[_Peer], rounds: int, bar: Callable[[int], object]
-) -> dict[str, _Result]:
-    """Checks and times every peer on one model, batch and dtype. stock: float32 on the CPU; x [N, 3, H, W]."""
-    torch._dynamo.reset()  # the batch of the last cell would make this one's graphs dynamic
-    stock = copy.deepcopy(stock).to(x.dtype)
-    ours = _builders(name).ours(weights=None).eval().to(x.dtype)
-    ours.load_state_dict(stock.state_dict())
-    ref = copy.deepcopy(stock).double()(x.cpu().double())
-    if not ref.isfinite().all() or not ref.std() > 0.01:
-        raise RuntimeError(f"{name}: the random model's outputs are not finite or have no spread; nothing to compare")
-    models = (ours.to(x.device), stock.to(x.device))
-
-    results, calls = {}, {}
-    for peer in peers:
-        result = results[peer.name] = _Result(peer)
-        call = _prepare(result, models, x, ref)
-        if result.refused:
-            bar(rounds)
-        else:
-            calls[peer.name] = call
-    timings = interleaved(calls, rounds, bar, _SECONDS_PER_FUNCTION)
-    for peer, timing in timings.items():
-        results[peer].timing = timing
-    return results
-
-
-def _cell_table(results: dict[str, _Result], batch: int) -> str:
-    timed = {n: r.timing for n, r in results.items() if r.timing is not None}
-    fastest = min(timed, key=lambda n: timed[n].median, default=None)
-    rows = [("", "median ms", "p20-p80", "images/s", "time / ours", "error", "compile s", "")]
-    for name, result in results.items():
-        error = "" if result.error is None else f"{result.error:.1e}"
-        compile_s = f"{result.first_call_s:.1f}" if result.peer.compiled and result.first_call_s is not None else ""
-        figures, mark = ("", "", "", ""), ""
-        if (t := result.timing) is not None:
-            of_ours = f"{ratio(t, timed[OURS]):.2f}" if OURS in timed else ""
-            span = f"{1e3 * t.p20:.1f}-{1e3 * t.p80:.1f}"
-            figures = (f"{1e3 * t.median:.1f}", span, f"{batch / t.median:.1f}", of_ours)
-            mark = "fastest" if name == fastest else ""
-        rows.append((name, *figures, error, compile_s, mark))
-    refused = [f"{n}: {r.refused}" for n, r in results.items() if r.refused]
-    return "\n".join([_table(rows), *refused])
-
-
-@torch.no_grad()
 def _bench(args: argparse.Namespace) -> int:
     from torch.hub import tqdm  # works without the package tqdm
 
     names = args.models or ["resnet50"]
-    builders = {name: _builders(name) for name in names}
-    device = _device(args.device)
+    for name in names:
+        _builders(name)  # refuses an unknown one before anything is measured
+    device = _device(args.device).type
     _check_writable(args.json)
+    old = _load_results(args.compare) if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    peers = [p for p in _PEERS if args.compile or not p.compiled]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(_CALIBRATION_IMAGES, *args.batch), 3, 224, 224, generator=generator)
+    chosen = _chosen_peers(args, device)
+    memory = args.memory if args.memory is not None else args.peers is not None
+    found = {"environment": environment(), "device": _device_name(_device(args.device)), "cells": []}
+    found["ceilings"] = (roof := limits.ceilings(device)).to_dict()
 
-    cells, wrong = [], False
-    print(f"{_device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    with tqdm(total=len(names) * len(args.dtype) * len(args.batch) * len(peers) * args.rounds, unit="call") as bar:
-        for name in names:
-            stock = _random_model(builders[name].stock, images[:_CALIBRATION_IMAGES])
-            for dtype in args.dtype:
-                for batch in args.batch:
-                    x = images[:batch].to(device, DTYPES[dtype])
-                    results = _cell(name, stock, x, peers, args.rounds, bar.update)
-                    print(f"\n{name}, batch {batch}, {dtype}\n{_cell_table(results, batch)}", flush=True)
-                    cell = {"model": name, "batch": batch, "dtype": dtype, "device": device.type}
-                    cells.append(cell | {"peers": {n: r.to_dict() for n, r in results.items()}})
-                    wrong |= bool(results[OURS].refused)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"environment": environment(), "device": _device_name(device), "cells": cells}, file, indent=1)
+    wrong = False
+    print(f"{found['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; ceilings: "
+          f"{roof.flops['float32'] / 1e9:.0f} GFLOP/s in float32, {roof.bandwidth / 1e9:.0f} GB/s")  # fmt: skip
+    with tqdm(total=len(names) * len(args.dtype) * len(args.batch) * len(chosen) * args.rounds, unit="call") as bar:
+        for name, stock in cells.models(names):
+            for dtype, batch in itertools.product(args.dtype, args.batch):
+                cell = cells.Cell(name, batch, dtype, device)
+                bar.set_description(str(cell))
+                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update)
+                print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
+                found["cells"].append(cells.to_dict(cell, results))
+                write_json(args.json, found)  # what is measured stays, whatever happens later
+                wrong |= bool(results[OURS].refused)
+    if old is not None:
+        print(f"\nagainst {args.compare}\n{table(compare.rows(old, found))}")
+        print("\n".join(compare.differences(old, found)))
     return int(wrong)
 
 
@@ -480,14 +335,23 @@ def _positive(text: str) -> int:
 
 
 _BENCH_TEXT = f"""\
-Times this package's model against torchvision's: eager, eager in channels_last, torch.compile and torch.compile
-with freezing (both in channels_last). All have the same random weights and run in one process in turn, so that
-a slow minute hits all alike. Before it is timed, every output is compared with a float64 run of torchvision's model
-("error": RMS of the difference over RMS of the output); a wrong one is refused. "time / ours" is the median of
-the ratios of the single rounds: 2.00 takes twice as long as resnet_fast.
+Times this package's model against others: torchvision's, eager and eager in channels_last, torch.compile and
+torch.compile with freezing (both in channels_last); with --peers also OpenVINO, ONNX Runtime and ncnn on a CPU,
+TensorRT and JAX on CUDA, as far as they are installed. All have the same random weights and as many threads, and run
+in one process in turn, so that a slow minute hits all alike. Before it is timed, every output is compared with a
+float64 run of torchvision's model ("error": RMS of the difference over RMS of the output); a wrong one is refused.
 
-A function that has used up {_SECONDS_PER_FUNCTION:.0f} s in a cell and has 3 samples sits out the remaining rounds:
-bfloat16 convolutions of torch on a CPU without AVX-512 take seconds. Exit code 1 if resnet_fast itself is refused.
+time / ours  the median of the ratios of the single rounds: 2.00 takes twice as long as resnet_fast
+of bound     the least time that this machine's measured arithmetic and memory allow, over the time
+             (counted in direct convolutions: a Winograd kernel may pass 1)
+ready s      seconds to convert or compile and to make the first call
+peak MB      largest resident memory during calls, of a process in which the peer is alone (with Python and torch)
+
+Before each sample a peer runs untimed for 60 ms: with its weights in the caches and the other peers' threads asleep
+it takes as long as alone in a process. A sample during which the system switched a thread out is dropped and counted.
+
+A peer that has used up {cells.SECONDS_PER_PEER:.0f} s in a cell and has 3 samples sits out the remaining rounds: torch's
+bfloat16 convolutions take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
 
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
@@ -543,7 +407,14 @@ Without a network the weights cannot be downloaded: then random ones are used an
     p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples of each (default: 20)")
     p.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU (default: torch's)")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    names = ", ".join(dict.fromkeys(peer.name for peer in PEERS if peer.packages))
+    text = f"also engines that do not come with torch ({names}); with names, those peers alone (models come first)"
+    p.add_argument("--peers", nargs="*", metavar="NAME", help=text)
+    text = "measure memory in a process for each peer, or not (default: with --peers)"
+    p.add_argument("--memory", action=argparse.BooleanOptionalAction, default=None, help=text)
     p.add_argument("--json", metavar="FILE", help="write all samples, versions and hardware to FILE")
+    text = "mark what moved beyond its spread since that file of --json was written"
+    p.add_argument("--compare", metavar="OLD.json", help=text)
     p.set_defaults(run=_bench)
     return parser
 

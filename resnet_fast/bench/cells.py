@@ -14,6 +14,7 @@ from ..measure import Timing, interleaved, random_model, ratio, relative_rms
 from . import limits
 from .memory import measure as measure_memory
 from .peers import OURS, Call, Peer, Subject
+from .results import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS_PER_PEER = 20.0
@@ -152,6 +153,29 @@ def to_dict(cell: Cell, results: dict[str, Result]) -> dict:
     head = {"model": cell.model, "batch": cell.batch, "dtype": cell.dtype, "device": cell.device}
     head |= {"bound_ms": 1e3 * bound.seconds, "gflop": bound.flops / 1e9, "least_mb": bound.bytes / 1e6}
     return head | {"peers": {name: result.to_dict(cell, ours) for name, result in results.items()}}
+
+
+def to_text(cell: Cell, results: dict[str, Result]) -> str:
+    """The cell as a table, a line for each peer; those without a time are named below it, with the reason."""
+    timed = {name: r.timing for name, r in results.items() if r.timing is not None}
+    fastest = min(timed, key=lambda name: timed[name].median, default=None)
+    bound = cell.bound().seconds
+    rows = [("", "median ms", "p20-p80", "images/s", "time / ours", "of bound", "error", "ready s", "peak MB", "")]
+    for name, t in timed.items():
+        r = results[name]
+        marks = [r.note, "fastest" if name == fastest else "", f"{t.dropped} samples disturbed" if t.dropped else ""]
+        rows.append((
+            name, f"{1e3 * t.median:.1f}", f"{1e3 * t.p20:.1f}-{1e3 * t.p80:.1f}", f"{cell.batch / t.median:.1f}",
+            f"{ratio(t, timed[OURS]):.2f}" if OURS in timed else "", f"{bound / t.median:.2f}", f"{r.error:.1e}",
+            f"{r.prepare_s + r.first_call_s:.1f}", f"{r.memory['running_rss_mb']:.0f}" if r.memory else "",
+            ", ".join(filter(None, marks)),
+        ))  # fmt: skip
+    refused = [
+        f"{name}: {r.refused}" + (f" (error {r.error:.1e})" if r.error is not None else "")
+        for name, r in results.items()
+        if r.refused
+    ]
+    return "\n".join([table(rows), *refused])
 
 
 def models(names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,48 @@
+"""Files of results and tables for a reader."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join(["---", *["---:"] * (len(rows[0]) - 1)]) + " |", *lines[1:]])
+
+
+def _rounded(value: Any) -> Any:
+    """Five significant digits, which is more than any measurement here has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(_rounded(value))
+
+
+def write_json(path: str | os.PathLike | None, value: dict) -> None:
+    """Writes a file of results, a line for each fact, cell and peer, so that its changes can be read; None: nowhere."""
+    if path is None:
+        return
+    cells = []
+    for cell in value["cells"]:
+        facts = to_json({key: item for key, item in cell.items() if key != "peers"})
+        peers = ",\n".join(f"   {json.dumps(name)}: {to_json(peer)}" for name, peer in cell["peers"].items())
+        cells.append(f'  {facts[:-1]}, "peers": {{\n{peers}}}}}')
+    head = [f" {json.dumps(key)}: {to_json(item)}," for key, item in value.items() if key != "cells"]
+    with open(path, "w") as file:
+        file.write("\n".join(["{", *head, ' "cells": [', ",\n".join(cells), " ]", "}"]) + "\n")
