@@ -1,4 +1,4 @@
-"""The command line: ``resnet-fast info | classify | explain | bench`` (or ``python -m resnet_fast``)."""
+"""The command line: ``resnet-fast info | classify | explain | bench | report`` (or ``python -m resnet_fast``)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backends
-from .bench import cells, compare, limits
+from .bench import cells, compare, limits, report
 from .bench.cells import CALIBRATION_IMAGES, DTYPES, one_line
 from .bench.peers import OURS, PEERS, Peer, peers
 from .bench.results import table, write_json
@@ -287,6 +288,10 @@ def _bench(args: argparse.Namespace) -> int:
     old = _load_results(args.compare) if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if device == "cpu" and "OMP_PROC_BIND" not in os.environ:
+        print(
+            "resnet-fast: OMP_PROC_BIND=true is not set; times may be far too long (see bench --help)", file=sys.stderr
+        )
     chosen = _chosen_peers(args, device)
     memory = args.memory if args.memory is not None else args.peers is not None
     found = {"environment": environment(), "device": _device_name(_device(args.device)), "cells": []}
@@ -309,6 +314,32 @@ def _bench(args: argparse.Namespace) -> int:
         print(f"\nagainst {args.compare}\n{table(compare.rows(old, found))}")
         print("\n".join(compare.differences(old, found)))
     return int(wrong)
+
+
+# report
+
+
+def _report(args: argparse.Namespace) -> int:
+    results, readme = Path(args.results), Path(args.readme)
+    if not results.is_dir() or not report.folders(results):
+        raise CliError(f"--results {results}: no folder there holds a peers.json (write one with bench --peers --json)")
+    try:
+        text = readme.read_text()
+        link = Path(os.path.relpath(results, readme.parent)).as_posix()
+        wanted = report.replace_section(text, report.section(results, link))
+        if args.check:
+            if text != wanted:
+                print(f"{readme}: its numbers are not those of {results}; run resnet-fast report", file=sys.stderr)
+            return int(text != wanted)
+        found = report.write_all(results, readme, args.plots)
+    except OSError as error:
+        raise CliError(f"--readme {readme}: {error.strerror}") from error
+    except (ValueError, ImportError) as error:
+        raise CliError(str(error)) from error
+    for path in found:
+        print(path / "REPORT.md")
+    print(readme)
+    return 0
 
 
 def _check_writable(path: str | None) -> None:
@@ -350,8 +381,8 @@ peak MB      largest resident memory during calls, of a process in which the pee
 Before each sample a peer runs untimed for 60 ms: with its weights in the caches and the other peers' threads asleep
 it takes as long as alone in a process. A sample during which the system switched a thread out is dropped and counted.
 
-A peer that has used up {cells.SECONDS_PER_PEER:.0f} s in a cell and has 3 samples sits out the remaining rounds: torch's
-bfloat16 convolutions take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
+A peer that has used up {cells.SECONDS_PER_PEER:.0f} s in a cell and has 3 samples sits out the remaining rounds:
+torch's bfloat16 convolutions take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
 
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
@@ -416,6 +447,18 @@ Without a network the weights cannot be downloaded: then random ones are used an
     text = "mark what moved beyond its spread since that file of --json was written"
     p.add_argument("--compare", metavar="OLD.json", help=text)
     p.set_defaults(run=_bench)
+
+    text = """\
+Writes, from the JSON of each folder of results alone, its REPORT.md and plots, and the section of numbers of a README
+between its two marks.
+"""
+    p = commands.add_parser("report", help="pages and plots from results", description=text)
+    text = "folder of folders of results, one a device (default: benchmarks/results)"
+    p.add_argument("--results", default="benchmarks/results", metavar="DIR", help=text)
+    p.add_argument("--readme", default="README.md", metavar="FILE", help="default: README.md")
+    p.add_argument("--no-plots", dest="plots", action="store_false", help="tables only, without matplotlib")
+    p.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README's numbers differ")
+    p.set_defaults(run=_report)
     return parser
 
 

@@ -325,13 +325,15 @@ class Ceilings:
         return asdict(self)
 
 
-def _best_rate(amount: float, function: Callable[[], object], rounds: int) -> float:
+def _best_rate(amount: float, function: Callable[[], object]) -> float:
+    """The most of 30 calls with pauses between, since two threads may share a core for many milliseconds."""
     function()
     seconds = []
-    for _ in range(rounds):
+    for _ in range(30):
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
+        time.sleep(0.005)
     return amount / min(seconds)
 
 
@@ -342,19 +344,19 @@ def _cpu_ceilings() -> Ceilings:
     for name, bfloat16 in (("float32", False), ("bfloat16", True)):
         amount = peak(iterations, bfloat16)
         if amount:
-            found[name] = _best_rate(amount, lambda b=bfloat16: peak(iterations, b), 10)
+            found[name] = _best_rate(amount, lambda b=bfloat16: peak(iterations, b))
     how = "multiply-adds in registers"
     # A CPU with matrix units does more in bfloat16 than its vector instructions; torch's product knows them.
     a = torch.randn(1024, 1024).bfloat16()
     if "bfloat16" in found:
-        product = _best_rate(2 * 1024**3, lambda: a @ a, 5)
+        product = _best_rate(2.0 * 1024**3, lambda: a @ a)
         if product > found["bfloat16"]:
             found["bfloat16"], how = product, f"{how} (bfloat16: a matrix product)"
     found.setdefault("bfloat16", found["float32"])  # without instructions for it, arithmetic is in float32
     found["float16"] = found["float32"]
     x = torch.ones(1 << 26)  # 256 MiB, beyond every cache
     y = torch.zeros_like(x)
-    bandwidth = _best_rate(2 * x.numel() * 4, lambda: y.copy_(x), 10)
+    bandwidth = _best_rate(2.0 * x.numel() * 4, lambda: y.copy_(x))
     return Ceilings("cpu", torch.get_num_threads(), found, bandwidth, f"{how}; a copy of 256 MiB")
 
 

@@ -1,0 +1,122 @@
+"""Plots of results, as SVG that is the same for the same results. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import limits
+from .peers import OURS
+
+_OURS, _OTHERS, _GREY = "#d1495b", "#8d99ae", "#555555"
+_KINDS = {"1x1": "#00798c", "3x3": "#edae49", "7x7": "#66a182", "add_relu": "#7d5ba6"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "resnet_fast", "svg.fonttype": "none", "font.size": 9,
+                            "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    _pyplot().close(figure)
+    # matplotlib ends lines with spaces, which every whitespace check complains of.
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def peers(found: dict, path: Path) -> None:
+    """Bars of images a second for every peer, with the span of 20 to 80 % of its samples; one panel a cell."""
+    pyplot, cells = _pyplot(), found["cells"]
+    columns = min(len(cells), 2)
+    lines = -(-len(cells) // columns)
+    most = max(len(cell["peers"]) for cell in cells)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, (0.8 + 0.24 * most) * lines), squeeze=False)
+    for axis in axes.flat[len(cells) :]:
+        axis.set_visible(False)
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        names = list(cell["peers"])[::-1]
+        for y, name in enumerate(names):
+            peer, color = cell["peers"][name], _OURS if name.startswith(OURS) else _OTHERS
+            if not peer.get("median_ms"):
+                axis.text(0, y, " " + (peer.get("refused") or "not timed").split(":")[0].split(" (")[0], va="center",
+                          color=_GREY, fontsize=7)  # fmt: skip
+                continue
+            rate = 1e3 * cell["batch"] / peer["median_ms"]
+            span = [1e3 * cell["batch"] / peer[key] for key in ("p80_ms", "p20_ms") if key in peer]
+            error = [[max(0.0, rate - span[0])], [max(0.0, span[1] - rate)]] if span else None
+            axis.barh(y, rate, color=color, xerr=error, error_kw={"elinewidth": 1, "ecolor": "#222222"})
+            label = f" {rate:,.3g}" if rate < 1000 else f" {rate:,.0f}"
+            axis.text(max([rate, *span]), y, label, va="center", fontsize=7)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}", fontsize=9)
+        axis.set_xlabel("images / s")
+        axis.margins(x=0.15)
+    figure.suptitle(found["device"], fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _kind(row: dict) -> str:
+    return row["name"].split()[0]
+
+
+def roofline(rows: Sequence[dict], ceilings: dict, path: Path) -> None:
+    """Every measured layer at its operations a byte and its GFLOP/s, under the machine's two ceilings.
+
+    rows: of the step "kernels", all with operations (add_relu has next to none). Filled: ours; hollow: torch's.
+    """
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(7.5, 4.8))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    xs = [row["flops"] / row["bytes"] for row in rows]
+    left, right = min(xs) / 2, max(xs) * 2
+    for dtype in dict.fromkeys(dtypes):
+        peak, bandwidth = ceilings["flops"][dtype], ceilings["bandwidth"]
+        knee = peak / bandwidth
+        line = [left, min(max(knee, left), right), right]
+        axis.plot(line, [min(peak, x * bandwidth) / 1e9 for x in line], color=_GREY, linewidth=1.2)
+        axis.text(right, peak / 1e9, f" {peak / 1e9:,.0f} GFLOP/s", va="center", fontsize=8, color=_GREY)
+        axis.text(left, left * bandwidth / 1e9, f"{bandwidth / 1e9:,.0f} GB/s ", ha="right", fontsize=8, color=_GREY)
+    for kind, color in _KINDS.items():
+        of_kind = [row for row in rows if _kind(row) == kind]
+        for way, style in (("torch", {"facecolors": "none"}), ("ours", {"facecolors": color})):
+            points = [(r["flops"] / r["bytes"], r["flops"] / r["ms"][way] / 1e6) for r in of_kind if way in r["ms"]]
+            if points:
+                label = f"{kind}, {way}"
+                axis.scatter(*zip(*points, strict=True), s=22, edgecolors=color, linewidths=0.9, label=label, **style)
+    axis.set(xscale="log", yscale="log", xlabel="direct-convolution FLOP per least byte", ylabel="GFLOP/s")
+    axis.set_title(
+        f"Fused layers, {', '.join(dtypes)}, batch {', '.join(map(str, sorted({r['batch'] for r in rows})))}"
+    )
+    axis.legend(fontsize=7, loc="lower right")
+    _save(figure, path)
+
+
+def traffic(models: Sequence[str], path: Path) -> None:
+    """Megabytes of 16-bit feature maps and weights an image (batch 256) for every traffic pattern: arithmetic alone."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(2, len(models), figsize=(3.6 * len(models), 4.6), squeeze=False)
+    for column, model in enumerate(models):
+        for line, (make, patterns, title) in enumerate((
+            (limits.inference, limits.INFERENCE, "inference"), (limits.training, limits.TRAINING, "training"),
+        )):  # fmt: skip
+            axis = axes[line][column]
+            for y, pattern in enumerate(patterns[::-1]):
+                megabytes = sum(k.total_bytes(256, 2) for k in make(model, pattern)) / 256e6
+                axis.barh(y, megabytes, color=_OURS if (title, pattern) == ("inference", "epilogue") else _OTHERS)
+                axis.text(megabytes, y, f" {megabytes:.1f}", va="center", fontsize=8)
+            axis.set_yticks(range(len(patterns)), patterns[::-1])
+            axis.set_title(f"{model}, {title}", fontsize=9)
+            axis.set_xlabel("MB / image")
+            axis.margins(x=0.15)
+    figure.tight_layout()
+    _save(figure, path)

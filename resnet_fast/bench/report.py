@@ -1,0 +1,282 @@
+"""Reports from files of results alone: a page and plots for each device, and the README's section of numbers.
+
+A folder of results is named after its device and holds, as far as they were measured,
+
+peers.json      ``resnet-fast bench --peers --json``: whole models beside their peers
+blocks.json     ``pytest benchmarks --benchmark-json``: blocks and operators
+campaign.jsonl  ``benchmarks/gpu_campaign.py``: single layers, training and the rest, a row a line
+NOTES.md        what a reader must know of these figures, by hand
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+from . import plots
+from .layers import MODELS
+from .peers import OURS
+from .results import markdown
+
+BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
+TRAFFIC_OF = ("resnet18", "resnet50")
+WORST = 10
+
+
+class Folder:
+    """One device's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.peers: dict = json.loads(self._read("peers.json") or "{}")
+        self.blocks: list[dict] = json.loads(self._read("blocks.json") or '{"benchmarks": []}')["benchmarks"]
+        rows = [json.loads(line) for line in self._read("campaign.jsonl").splitlines()]
+        self.rows = [row for row in rows if "error_message" not in row]
+        self.failures = [row for row in rows if "error_message" in row]
+
+    def _read(self, name: str) -> str:
+        file = self.path / name
+        return file.read_text() if file.exists() else ""
+
+    def step(self, name: str) -> list[dict]:
+        return [row for row in self.rows if row["step"] == name]
+
+    @property
+    def kernels(self) -> list[dict]:
+        return [row for row in self.step("kernels") if "ms" in row]
+
+    @property
+    def environment(self) -> dict:
+        found = [row for row in self.step("doctor") if row["name"] == "environment"]
+        return self.peers.get("environment") or (found[0] if found else {})
+
+    @property
+    def ceilings(self) -> dict:
+        found = [row for row in self.step("doctor") if row["name"] == "ceilings"]
+        return self.peers.get("ceilings") or (found[0] if found else {})
+
+    @property
+    def device(self) -> str:
+        return self.peers.get("device") or ", ".join(self.environment.get("cuda_devices") or []) or self.path.name
+
+
+# Tables
+
+
+def _time_of(peer: dict, best: bool) -> str:
+    if not peer.get("median_ms"):
+        reason = peer.get("refused") or ""
+        return reason.split(":")[0].split(" (")[0]  # "absent", "wrong output", "does not run here"
+    ms = peer["median_ms"]
+    text = f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+    over = f" ({peer['time_over_ours']:.2f})" if peer.get("time_over_ours") else ""
+    note = " *" if peer.get("note") else ""
+    return f"**{text}{over}**{note}" if best else f"{text}{over}{note}"
+
+
+def peers_table(cells: Sequence[dict]) -> str:
+    """A line a cell, a column a peer: median milliseconds (time over ours), the fastest bold; * has a note."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["peers"]))
+    rows = [("", *names, "ours: images/s", "of bound")]
+    for cell in cells:
+        timed = {name: peer["median_ms"] for name, peer in cell["peers"].items() if peer.get("median_ms")}
+        fastest = min(timed, key=timed.__getitem__, default=None)
+        ours = cell["peers"].get(OURS, {})
+        figures = [_time_of(cell["peers"][name], name == fastest) if name in cell["peers"] else "" for name in names]
+        rate = f"{ours['images_per_s']:,.4g}" if ours.get("images_per_s") and ours["images_per_s"] < 1000 else ""
+        rate = rate or (f"{ours['images_per_s']:,.0f}" if ours.get("images_per_s") else "")
+        bound = f"{ours['fraction_of_bound']:.2f}" if ours.get("fraction_of_bound") else ""
+        rows.append((f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}", *figures, rate, bound))
+    return markdown(rows)
+
+
+def _notes(cells: Sequence[dict]) -> list[str]:
+    """What the stars and empty places of the table mean."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        for name, peer in cell["peers"].items():
+            if text := peer.get("note") or peer.get("refused"):
+                found.setdefault(f"{name}: {text}", []).append(f"{cell['dtype']}, batch {cell['batch']}")
+    return [f"- {text} ({'; '.join(dict.fromkeys(where))})" for text, where in found.items()]
+
+
+def summary(cells: Sequence[dict]) -> str:
+    """One sentence: how ours stands against the best of the others, per dtype."""
+    parts = []
+    for dtype in dict.fromkeys(cell["dtype"] for cell in cells):
+        ratios = []
+        for cell in (cell for cell in cells if cell["dtype"] == dtype):
+            ours = cell["peers"].get(OURS, {}).get("median_ms")
+            others = [p["median_ms"] for n, p in cell["peers"].items() if not n.startswith(OURS) and p.get("median_ms")]
+            if ours and others:
+                ratios.append(min(others) / ours)
+        if ratios:
+            parts.append(f"{min(ratios):.2f}-{max(ratios):.2f} times as fast as the best of the others in {dtype}")
+    return f"{OURS} is {', '.join(parts)}." if parts else ""
+
+
+def costs_table(cells: Sequence[dict]) -> str:
+    """What a peer costs beside its time: error, seconds until the first output, memory; the medians over the cells."""
+    rows = [("", "error, float32", "error, 16 bits", "s until ready", "peak MB running", "peak MB ever", "device MB")]
+    for name in dict.fromkeys(name for cell in cells for name in cell["peers"]):
+        found = [(cell, cell["peers"][name]) for cell in cells if cell["peers"].get(name, {}).get("median_ms")]
+
+        def middle(values: Iterable[float | None], text: str) -> str:
+            kept = [value for value in values if value is not None]
+            return format(median(kept), text) if kept else ""
+
+        wide = [p["relative_rms"] for c, p in found if c["dtype"] == "float32"]
+        narrow = [p["relative_rms"] for c, p in found if c["dtype"] != "float32"]
+        ready = [(p.get("prepare_s") or 0) + p["first_call_s"] for _, p in found if p.get("first_call_s") is not None]
+        memory = [[p.get(key) for _, p in found] for key in ("running_rss_mb", "peak_rss_mb", "device_mb")]
+        rows.append((name, middle(wide, ".1e"), middle(narrow, ".1e"), middle(ready, ".1f"),
+                     *(middle(values, ",.0f") for values in memory)))  # fmt: skip
+    kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
+    return markdown([[row[i] for i in kept] for row in rows])
+
+
+def kernels_table(rows: Sequence[dict]) -> str:
+    """Layers and add_relu, the farthest from their bound first."""
+    ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
+    ways = list(dict.fromkeys(way for row in ordered for way in row["ms"]))
+    lines = [("", "of bound", "bound", *(f"{way}, ms" for way in ways), "GFLOP/s", "GB/s")]
+    for row in ordered:
+        times = [f"{row['ms'][way]:.3g}" if way in row["ms"] else "" for way in ways]
+        name = f"{row['name']}, {row['dtype']}, batch {row['batch']}"
+        rates = (f"{row['gflops']:,.0f}", f"{row['gb_s']:,.0f}")
+        lines.append((name, f"{row['fraction_of_bound']:.2f}", row["bound"], *times, *rates))
+    return markdown(lines)
+
+
+def blocks_table(benchmarks: Sequence[dict]) -> str:
+    """Time of torch and of torch channels_last over ours, a line a block and pass; below 1 torch is faster."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for item in benchmarks:
+        facts = item["extra_info"]
+        key = (facts["shape"], facts["mode"], facts["batch"], facts["dtype"])
+        groups.setdefault(key, {})[facts["way"]] = item
+    rows = [("", "ours, ms", "images/s", "of bound", "torch / ours", "torch channels_last / ours")]
+    for (shape, mode, batch, dtype), ways in groups.items():
+        ours = next((item for way, item in ways.items() if way.startswith("ours")), None)
+        if ours is None:
+            continue
+        seconds, facts = ours["stats"]["median"], ours["extra_info"]
+        over = [
+            f"{ways[way]['stats']['median'] / seconds:.2f}" if way in ways else ""
+            for way in ("stock", "stock_channels_last")
+        ]
+        name = f"{shape}, {mode}, {dtype}, batch {batch}"
+        rows.append((name, f"{1e3 * seconds:.3g}", f"{facts['images_per_s']:,.0f}",
+                     f"{facts['fraction_of_bound']:.2f}", *over))  # fmt: skip
+    return markdown(rows)
+
+
+# Pages
+
+
+def _about(folder: Folder) -> str:
+    e, roof = folder.environment, folder.ceilings
+    names = ("torch", "triton", "python", "threads", "isa_level", "commit")
+    facts = ", ".join(f"{name} {e[name]}" for name in names if e.get(name))
+    flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in roof.get("flops", {}).items())
+    limit = f" Ceilings: {flops}; {roof['bandwidth'] / 1e9:,.0f} GB/s ({roof['how']})." if roof else ""
+    return f"{facts}.{limit}"
+
+
+def page(folder: Folder) -> str:
+    """Everything that was measured on one device, as Markdown."""
+    parts = [f"# {folder.device}", _about(folder)]
+    cells = folder.peers.get("cells", [])
+    if cells:
+        parts += ["## Whole models", "Median milliseconds (time over ours), forward pass at 224x224 pixels. "
+                  + summary(cells), peers_table(cells), "\n".join(_notes(cells)), "![peers](peers.svg)",
+                  "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
+    if folder.blocks:
+        parts += ["## Blocks and operators", blocks_table(folder.blocks)]
+    rows = folder.kernels
+    if rows:
+        ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
+        worst = [f"{i}. {r['name']}, {r['dtype']}: {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
+                 for i, r in enumerate(ordered[:WORST], 1)]  # fmt: skip
+        parts += ["## Single layers", f"The {len(worst)} farthest from their bound:", "\n".join(worst),
+                  "![roofline](roofline.svg)", kernels_table(rows)]  # fmt: skip
+    for step, title in (("models", "Ways to run our models"), ("train", "Training steps")):
+        if found := [row for row in folder.step(step) if "ms" in row]:
+            lines = [("", "ms", "images/s", "peak GB")]
+            for r in found:
+                memory = f"{r['peak_gb']:.2f}" if r.get("peak_gb") else ""
+                lines.append((r["name"], f"{r['ms']:.4g}", f"{r['img_s']:,.4g}", memory))
+            parts += [f"## {title}", markdown(lines)]
+    if folder.failures:
+        failed = [f"- {row['step']}, {row['name']}: {row['error_message']}" for row in folder.failures]
+        parts += ["## Failed", "\n".join(failed)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def write(path: Path, plot: bool = True) -> Folder:
+    """Writes a folder's REPORT.md and, unless told not to, its plots."""
+    folder = Folder(path)
+    (path / "REPORT.md").write_text(page(folder))
+    if plot and folder.peers.get("cells"):
+        plots.peers(folder.peers, path / "peers.svg")
+    layers = [row for row in folder.kernels if row["flops"]]
+    if plot and layers and folder.ceilings:
+        plots.roofline(layers, folder.ceilings, path / "roofline.svg")
+    return folder
+
+
+def folders(results: Path) -> list[Path]:
+    """The folders of results, each a device's."""
+    return sorted(path for path in results.iterdir() if (path / "peers.json").exists())
+
+
+def section(results: Path, link: str) -> str:
+    """The README's numbers. results: the folder of all devices; link: the path to it from the README."""
+    parts = [BEGIN]
+    for path in folders(results):
+        folder = Folder(path)
+        cells, at = folder.peers["cells"], f"{link}/{path.name}"
+        parts += [f"### {folder.device}", _about(folder), "Median milliseconds (time over ours), forward pass at "
+                  "224x224 pixels. " + summary(cells), peers_table(cells), "\n".join(_notes(cells))]  # fmt: skip
+        if (path / "peers.svg").exists():
+            parts.append(f"![images a second of every peer]({at}/peers.svg)")
+        if folder.blocks:
+            parts += ["Blocks and operators:", blocks_table(folder.blocks)]
+        ordered = sorted(
+            (r for r in folder.kernels if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"]
+        )
+        if ordered:
+            worst = "; ".join(f"{r['name']} {r['fraction_of_bound']:.2f}" for r in ordered[:3])
+            parts.append(f"Farthest from their bound: {worst}.")
+        notes = f" and [what to know of these figures]({at}/NOTES.md)" if (path / "NOTES.md").exists() else ""
+        parts.append(f"All rows, layers and errors: [report]({at}/REPORT.md){notes}.")
+    return "\n\n".join([*filter(None, parts), END])
+
+
+def replace_section(readme: str, new: str) -> str:
+    """The text of a README with the numbers between its two marks replaced.
+
+    Raises:
+        ValueError: the README lacks a mark.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README must hold the lines {BEGIN!r} and {END!r}, in this order")
+    return before + new + after
+
+
+def write_all(results: Path, readme: Path | None, plot: bool = True) -> list[Path]:
+    """Pages and plots of every device, the traffic of every pattern, and the README's section; returns the folders."""
+    found = folders(results)
+    for path in found:
+        write(path, plot)
+    if plot:
+        plots.traffic([model for model in MODELS if model in TRAFFIC_OF], results / "traffic.svg")
+    if readme is not None:
+        link = Path(os.path.relpath(results, readme.parent)).as_posix()
+        readme.write_text(replace_section(readme.read_text(), section(results, link)))
+    return found
