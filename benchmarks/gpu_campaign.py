@@ -1,493 +1,183 @@
 """Everything worth doing when a CUDA machine is at hand, in one command:
 
-    python benchmarks/gpu_campaign.py --out DIR [--steps doctor,test,kernels,models] [--budget 500]
+    python benchmarks/gpu_campaign.py --out DIR [--steps build,doctor,test,peers,kernels] [--budget 300]
 
-    doctor   the device, versions, and the two ceilings: copy bandwidth and a large matrix product
-    test     pytest -m gpu
+    build    compiles the extension in place, or takes the compiled parts of --wheel FILE
+    doctor   the device, versions, backends, and the two ceilings: a large matrix product and a copy
+    test     the tests marked gpu, the smallest file first; compute-sanitizer on a few, where it is installed
+    peers    whole models beside their peers, as `resnet-fast bench --peers`
     kernels  add_relu and every convolution of the models with its BatchNorm, residual and ReLU, against torch and cuDNN
+    models   our models on every backend, in both layouts
     tune     candidate tiles of the Triton convolution on the same layers (compiles on all cores first)
-    models   whole models against torch eager and torch.compile
-    train    a training step of whole models
+    train    a training step of whole models: time and peak memory
+    profile  ncu on the layers that --layers names, where it is installed
 
-No step starts a new row once the budget is spent. Each row goes to DIR/campaign.jsonl as soon as it is measured; tables
-are printed last. Every output is compared with float64 first ("error": RMS of the difference over RMS of the output).
+No step starts a new row once it has used up its budget. Each row goes to DIR/campaign.jsonl as soon as it is measured,
+and a second run with the same DIR goes on where the first stopped: what failed is tried again. A short table comes
+last, and DIR/REPORT.md with each kernel's fraction of its bound and the ten worst. Every output is compared with
+float64 before it is timed. Without a CUDA device, --device cpu runs the same steps on the CPU; what has no meaning
+there says "absent".
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
-import itertools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
-
-import resnet_fast
-from resnet_fast import models, use_backend
-from resnet_fast.measure import calibrate, environment, interleaved, ratio, relative_rms
-from resnet_fast.ops import add_relu, conv_bn_relu
-
-OURS = "ours"
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-2}  # float32 runs in TF32
+STEPS = ("build", "doctor", "test", "peers", "kernels", "models", "tune", "train", "profile")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Campaign:
-    """The rows measured so far and the time that is left for more."""
+    """The rows measured so far, here and in earlier runs into the same folder, and the time left for the step."""
 
     def __init__(self, out: Path, budget: float) -> None:
-        self.out, self.budget, self.start = out, budget, time.monotonic()
-        self.rows: list[dict] = []
+        self.out, self.budget = out, budget
         out.mkdir(parents=True, exist_ok=True)
+        self.file = out / "campaign.jsonl"
+        self.rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        self.step, self.start, self.skipped = "", time.monotonic(), 0
 
-    def has_time(self) -> bool:
-        return time.monotonic() - self.start < self.budget
+    def begin(self, step: str) -> None:
+        self.step, self.start, self.skipped = step, time.monotonic(), 0
 
-    def add(self, step: str, name: str, **figures) -> None:
-        row = {"step": step, "name": name, **figures, "at_s": round(time.monotonic() - self.start, 1)}
-        self.rows.append(row)
-        with open(self.out / "campaign.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+    def seconds_left(self) -> float:
+        return self.budget - (time.monotonic() - self.start)
 
-    @contextmanager
-    def guard(self, step: str, name: str) -> Iterator[None]:
-        """What fails is a row too, and the campaign goes on."""
+    def row(self, name: str, measure: Callable[[], dict]) -> None:
+        """Measures a row, unless an earlier run has it or the step's time is used up. A failure is a row too."""
+        if any(r["step"] == self.step and r["name"] == name and "error_message" not in r for r in self.rows):
+            return
+        if self.seconds_left() <= 0:
+            self.skipped += 1
+            return
+        start = time.monotonic()
         try:
-            yield
+            figures = measure()
         except Exception as error:
-            self.add(step, name, error_message=f"{type(error).__name__}: {error}"[:300])
-        finally:
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+            return self.fail(name, error)
+        self._add({"step": self.step, "name": name, **figures, "took_s": round(time.monotonic() - start, 2)})
 
-
-# Shapes
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution as a model calls it, with what follows: BatchNorm always, then a residual and a ReLU or not."""
-
-    channels: int
-    filters: int
-    kernel: int
-    stride: int
-    groups: int
-    size: int  # of the square input map
-    residual: bool
-    relu: bool
-
-    @property
-    def out_size(self) -> int:
-        return (self.size - 1) // self.stride + 1
-
-    def flops(self, batch: int) -> float:
-        taps = self.channels // self.groups * self.kernel**2
-        return 2.0 * batch * self.out_size**2 * self.filters * taps
-
-    def bytes(self, batch: int, element: int) -> float:
-        """Least traffic of the fused operator: what is needed of the input, the weight, the residual, the output."""
-        read = self.size if self.kernel > 1 else self.out_size
-        maps = read**2 * self.channels + self.out_size**2 * self.filters * (2 if self.residual else 1)
-        return element * (batch * maps + self.filters * self.channels // self.groups * self.kernel**2)
-
-    def __str__(self) -> str:
-        tail = ("+res" if self.residual else "") + ("+relu" if self.relu else "")
-        groups = f" g{self.groups}" if self.groups > 1 else ""
-        return f"{self.kernel}x{self.kernel} {self.channels}->{self.filters} s{self.stride} @{self.size}{groups}{tail}"
-
-
-def layers(name: str) -> Counter[Layer]:
-    """The distinct convolutions of torchvision's model and how often each occurs."""
-    with torch.device("meta"):
-        model, image = getattr(torchvision.models, name)(), torch.empty(1, 3, 224, 224)
-    found: Counter[Layer] = Counter()
-
-    def visit(module_name: str):
-        last = "conv3" if hasattr(model.layer1[0], "conv3") else "conv2"
-        residual = module_name.startswith("layer") and module_name.endswith(last)
-        relu = "downsample" not in module_name
-
-        def hook(conv: nn.Conv2d, args: tuple) -> None:
-            shape = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.groups)
-            found[Layer(*shape, args[0].shape[2], residual, relu)] += 1
-
-        return hook
-
-    for module_name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(visit(module_name))
-    model(image)
-    return found
-
-
-def problem(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[dict, dict]:
-    """Arguments of conv_bn_relu: tensors of random values on the GPU, channels_last; and numbers."""
-    cl = {"memory_format": torch.channels_last}
-    fan_in = layer.channels // layer.groups * layer.kernel**2
-    shape = (layer.filters, layer.channels // layer.groups, layer.kernel, layer.kernel)
-    x = torch.randn(batch, layer.channels, layer.size, layer.size, device="cuda", dtype=dtype)
-    bn = [torch.rand(layer.filters, device="cuda") + 0.5 for _ in range(4)]
-    tensors = {"input": x.to(**cl), "weight": (torch.randn(shape, device="cuda") / fan_in**0.5).to(dtype).to(**cl)}
-    tensors |= {"bias": None} | dict(zip(("bn_weight", "bn_bias", "running_mean", "running_var"), bn, strict=True))
-    size = (batch, layer.filters, layer.out_size, layer.out_size)
-    residual = torch.randn(size, device="cuda", dtype=dtype).to(**cl) if layer.residual else None
-    numbers = {"stride": layer.stride, "padding": layer.kernel // 2, "groups": layer.groups, "relu": layer.relu}
-    return tensors | {"residual": residual}, numbers
-
-
-# Measuring
-
-
-def gpu_ms(function: Callable[[], object]) -> float:
-    """Median milliseconds on the GPU, each call with a cold L2 cache."""
-    from triton.testing import do_bench
-
-    return do_bench(function, warmup=10, rep=40, return_mode="median")
-
-
-def eager(tensors: dict, numbers: dict) -> Tensor:
-    """What torch runs in eval mode: convolution, BatchNorm, add, ReLU, each in a pass of its own."""
-    t = tensors
-    y = F.conv2d(t["input"], t["weight"], None, numbers["stride"], numbers["padding"], 1, numbers["groups"])
-    y = F.batch_norm(y, t["running_mean"], t["running_var"], t["bn_weight"], t["bn_bias"], eps=1e-5)
-    if t["residual"] is not None:
-        y += t["residual"]
-    return y.relu_() if numbers["relu"] else y
-
-
-def cudnn_fused(tensors: dict, numbers: dict) -> Callable[[], Tensor] | None:
-    """cuDNN's convolution + bias (+ residual) + ReLU with BatchNorm folded into the weight; it always has the ReLU."""
-    if not numbers["relu"]:
-        return None
-    x, w = tensors["input"], tensors["weight"]
-    scale = tensors["bn_weight"] / (tensors["running_var"] + 1e-5).sqrt()
-    bias = (tensors["bn_bias"] - tensors["running_mean"] * scale).to(x.dtype)
-    w = (w.float() * scale.view(-1, 1, 1, 1)).to(x.dtype).contiguous(memory_format=torch.channels_last)
-    geometry = ([numbers["stride"]] * 2, [numbers["padding"]] * 2, [1, 1], numbers["groups"])
-    z = tensors["residual"]
-    if z is None:
-        return lambda: torch.cudnn_convolution_relu(x, w, bias, *geometry)
-    return lambda: torch.cudnn_convolution_add_relu(x, w, z, 1.0, bias, *geometry)
-
-
-def layer_calls(tensors: dict, numbers: dict) -> dict[str, Callable[[], Tensor]]:
-    conv = (tensors["input"], tensors["weight"], None, numbers["stride"], numbers["padding"], 1, numbers["groups"])
-    calls = {
-        "torch": lambda: eager(tensors, numbers),
-        "torch convolution alone": lambda: F.conv2d(*conv),
-        "cudnn fused": cudnn_fused(tensors, numbers),
-        "ours": lambda: conv_bn_relu(**tensors, **numbers),
-        "ours, cuda": _forced("cuda", lambda: conv_bn_relu(**tensors, **numbers)),
-        "ours, triton": _forced("triton", lambda: conv_bn_relu(**tensors, **numbers)),
-    }
-    return {name: call for name, call in calls.items() if call is not None}
-
-
-def reference(tensors: dict, numbers: dict, images: int) -> Tensor:
-    part = {n: None if t is None else t.double() for n, t in tensors.items()}
-    part["input"] = part["input"][:images]
-    if part["residual"] is not None:
-        part["residual"] = part["residual"][:images]
-    return eager(part, numbers)
-
-
-# Steps
-
-
-def doctor(campaign: Campaign, args: argparse.Namespace) -> None:
-    campaign.add("doctor", "environment", **environment())
-    for name, backend in resnet_fast.backends().items():
-        campaign.add("doctor", f"backend {name}", available=backend.available, reason=backend.reason)
-    n = 1 << 30
-    x, y = (
-        torch.randint(0, 255, (n,), dtype=torch.uint8, device="cuda"),
-        torch.empty(n, dtype=torch.uint8, device="cuda"),
-    )
-    campaign.add("doctor", "copy", tb_s=2 * n / gpu_ms(lambda: y.copy_(x)) / 1e9)
-    for name in args.dtype:
-        a, b = (torch.randn(8192, 8192, device="cuda").to(DTYPES[name]) for _ in range(2))
-        campaign.add("doctor", f"matmul 8192 {name}", tflops=2 * 8192**3 / gpu_ms(lambda a=a, b=b: a @ b) / 1e9)
-
-
-def test(campaign: Campaign, args: argparse.Namespace) -> None:
-    # Most of the time goes into Triton's compiler, so with pytest-xdist on all cores.
-    workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=60", *workers, str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, args.budget))
-    (campaign.out / "gpu_tests.txt").write_text(done.stdout + done.stderr)
-    campaign.add("test", "pytest -m gpu", returncode=done.returncode, summary=done.stdout.strip().splitlines()[-12:])
-
-
-def kernels(campaign: Campaign, args: argparse.Namespace) -> None:
-    for name, batch in itertools.product(args.dtype, args.batch):
-        dtype = DTYPES[name]
-        for channels, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
-            a, b = (torch.randn(batch, channels, size, size, device="cuda", dtype=dtype) for _ in range(2))
-            ms = {"torch": gpu_ms(lambda a=a, b=b: torch.relu(a + b))}
-            for backend in ("cuda", "triton"):
-                with campaign.guard("kernels", f"add_relu {channels}@{size} {backend}"), use_backend(backend):
-                    assert torch.equal(add_relu(a, b), torch.relu(a + b))
-                    ms[backend] = gpu_ms(lambda a=a, b=b: add_relu(a, b))
-            traffic = 3 * a.numel() * a.element_size()
-            tb_s = {way: traffic / t / 1e9 for way, t in ms.items()}
-            campaign.add("kernels", f"add_relu {channels}@{size}", dtype=name, batch=batch, ms=ms, tb_s=tb_s)
-
-        for layer in dict.fromkeys(layer for model in args.models for layer in layers(model)):
-            if not campaign.has_time():
-                return
-            with campaign.guard("kernels", str(layer)):
-                campaign.add("kernels", str(layer), dtype=name, batch=batch, **time_layer(layer, batch, dtype))
-
-
-def time_layer(layer: Layer, batch: int, dtype: torch.dtype) -> dict:
-    tensors, numbers = problem(layer, batch, dtype)
-    images = min(batch, 8)
-    ref = reference(tensors, numbers, images)
-    calls, ms, error = layer_calls(tensors, numbers), {}, {}
-    with torch.no_grad():
-        for way, call in calls.items():
-            try:
-                if way != "torch convolution alone":
-                    error[way] = relative_rms(call()[:images], ref)
-                ms[way] = gpu_ms(call)
-            except RuntimeError as failure:
-                error[way] = str(failure)[:200]
-    best = ms["ours"]
-    return {
-        "layer": asdict(layer), "ms": ms, "error": error,
-        "tflops": layer.flops(batch) / best / 1e9, "tb_s": layer.bytes(batch, dtype.itemsize) / best / 1e9,
-    }  # fmt: skip
-
-
-# Tiles worth trying for 16-bit operands: rows, columns, depth, warps, stages.
-TILES = [
-    (m, n, k, warps, stages)
-    for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8),
-                        (256, 128, 8), (64, 128, 4), (64, 256, 8))
-    for k, stages in ((32, 4), (64, 2), (64, 3), (64, 4), (128, 2))
-    if (m + n) * k * 2 * stages <= 200 * 1024
-]  # fmt: skip
-
-
-def _patched_tile(tile: tuple):
-    from unittest import mock
-
-    from resnet_fast.kernels import conv_bn_relu as module
-
-    table = {key: module.ConvConfig(*tile) for key in module.CONFIGS["default"]}
-    return mock.patch.dict(module.CONFIGS, {key: table for key in module.CONFIGS if key != "interpreter"})
-
-
-def _compile_tile(job: tuple) -> str | None:
-    """Runs a layer once on one image, so that its kernel lies in Triton's cache; in a process of its own."""
-    layer, dtype, tile = job
-    try:
-        tensors, numbers = problem(layer, 1, dtype)
-        with torch.no_grad(), use_backend("triton"), _patched_tile(tile):
-            conv_bn_relu(**tensors, **numbers)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return None
-
-
-def tune(campaign: Campaign, args: argparse.Namespace) -> None:
-    dtype, batch = DTYPES[args.dtype[0]], args.batch[0]
-    found = [layer for model in args.models for layer in layers(model) if layer.channels > 3]
-    found = list(dict.fromkeys(found))
-    jobs = [(layer, dtype, tile) for layer in found for tile in TILES]
-    # One job per kernel: sizes are not specialised.
-    distinct = {
-        (j[0].channels, j[0].filters, j[0].kernel, j[0].stride, j[0].residual, j[0].relu, j[2]): j for j in jobs
-    }
-    start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-        failures = Counter(filter(None, pool.imap_unordered(_compile_tile, distinct.values())))
-    campaign.add("tune", "compiled", kernels=len(distinct), s=round(time.monotonic() - start), failures=dict(failures))
-    for layer in found:
-        if not campaign.has_time():
-            return
-        with campaign.guard("tune", str(layer)):
-            tensors, numbers = problem(layer, batch, dtype)
-            ms = {}
-            for tile in TILES:
-                with torch.no_grad(), use_backend("triton"), _patched_tile(tile):
-                    try:
-                        ms[",".join(map(str, tile))] = gpu_ms(lambda t=tensors, n=numbers: conv_bn_relu(**t, **n))
-                    except Exception:
-                        continue
-            campaign.add(
-                "tune", str(layer), dtype=args.dtype[0], batch=batch, ms=dict(sorted(ms.items(), key=lambda x: x[1]))
-            )
-
-
-def _graphed(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same work as a replayed CUDA graph: no Python, no launch gaps."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-def _forced(backend: str | None, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with use_backend(backend):
-            return function()
-
-    return call
-
-
-def model_calls(name: str, batch: int, dtype: torch.dtype, compile_modes: list[str]) -> tuple[dict, Tensor]:
-    """Ways to run a model, by name, and what it computes in float64 for the first 8 images."""
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, 224, 224, device="cuda")
-    stock = calibrate(
-        getattr(torchvision.models, name)().cuda(), x[:8] if batch >= 8 else torch.randn(8, 3, 224, 224, device="cuda")
-    )
-    ref = copy.deepcopy(stock).double()(x[:8].double())
-    ours = getattr(models, name)(weights=None).cuda().eval()
-    ours.load_state_dict(stock.state_dict())
-    stock, ours, x = stock.to(dtype), ours.to(dtype), x.to(dtype)
-    channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    x_cl = x.to(memory_format=torch.channels_last)
-    ours_cl = copy.deepcopy(ours).to(memory_format=torch.channels_last)
-    calls = {
-        "torch": lambda: stock(x),
-        "torch channels_last": lambda: channels_last(x_cl),
-        "torch channels_last, graph": _graphed(lambda: channels_last(x_cl)),
-        OURS: lambda: ours(x),
-        "ours, channels_last": lambda: ours_cl(x_cl),
-        "ours, channels_last, graph": _graphed(lambda: ours_cl(x_cl)),
-    }
-    for mode in compile_modes:
-        compiled = torch.compile(copy.deepcopy(channels_last), mode=mode)
-        calls[f"torch.compile {mode}"] = lambda compiled=compiled: compiled(x_cl)
-    return calls, ref
-
-
-@torch.no_grad()
-def run_models(campaign: Campaign, args: argparse.Namespace) -> None:
-    torch.backends.cudnn.benchmark = True
-    for name, dtype, batch in itertools.product(args.models, args.dtype, args.batch):
-        if not campaign.has_time():
-            return
-        modes = args.compile.split(",") if args.compile else []
-        with campaign.guard("models", f"{name} {dtype} batch {batch}"):
-            calls, ref = model_calls(name, batch, DTYPES[dtype], modes)
-            first_call_s, error = {}, {}
-            for way, call in list(calls.items()):
-                start = time.monotonic()
-                try:
-                    error[way] = relative_rms(call()[:8], ref)
-                except Exception as failure:
-                    error[way] = f"{type(failure).__name__}: {failure}"[:200]
-                    del calls[way]
-                torch.cuda.synchronize()
-                first_call_s[way] = round(time.monotonic() - start, 1)
-            times = interleaved(calls, rounds=args.rounds)
-            campaign.add(
-                "models", f"{name} {dtype} batch {batch}",
-                ms={w: 1e3 * t.median for w, t in times.items()}, img_s={w: batch / t.median for w, t in times.items()},
-                ratio={w: ratio(t, times[OURS]) for w, t in times.items()}, error=error, first_call_s=first_call_s,
-            )  # fmt: skip
-
-
-def train(campaign: Campaign, args: argparse.Namespace) -> None:
-    torch.backends.cudnn.benchmark = True
-    for name, batch in itertools.product(args.models, args.batch):
-        for way in ("torch channels_last", "ours", "torch.compile"):
-            if not campaign.has_time():
-                return
-            with campaign.guard("train", f"{name} batch {batch} {way}"):
-                library = models if way == "ours" else torchvision.models
-                model = getattr(library, name)().cuda().to(memory_format=torch.channels_last).train()
-                run = torch.compile(model) if way == "torch.compile" else model
-                optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
-                x = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
-                labels = torch.randint(0, 1000, (batch,), device="cuda")
-
-                def step(run=run, x=x, labels=labels, optimizer=optimizer) -> None:
-                    with torch.autocast("cuda", torch.bfloat16):
-                        loss = F.cross_entropy(run(x), labels)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-
-                torch.cuda.reset_peak_memory_stats()
-                timing = interleaved({"step": step}, rounds=args.rounds)["step"]
-                figures = {"ms": 1e3 * timing.median, "img_s": batch / timing.median}
-                figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-                campaign.add("train", f"{name} batch {batch} {way}", **figures)
-
-
-STEPS = {"doctor": doctor, "test": test, "kernels": kernels, "tune": tune, "models": run_models, "train": train}
-
-
-def report(campaign: Campaign) -> str:
-    """One line a row, for a reader of the terminal."""
-
-    def short(value):
-        if isinstance(value, float):
-            return float(f"{value:.3g}")
-        if isinstance(value, dict):
-            return {k: short(v) for k, v in itertools.islice(value.items(), 8)}
-        return value
-
-    hidden = ("step", "name", "layer", "at_s")
-    return "\n".join(
-        f"{r['step']:8} {r['name']:34} " + " ".join(f"{k}={short(v)}" for k, v in r.items() if k not in hidden)
-        for r in campaign.rows
-    )
-
-
-def main() -> int:
+    def fail(self, name: str, error: Exception) -> None:
+        self._add({"step": self.step, "name": name, "error_message": f"{type(error).__name__}: {error}"[:300]})
+
+    def absent(self, name: str, why: str) -> None:
+        """Names what this step cannot do here, so that nobody takes it for done."""
+        self._add({"step": self.step, "name": name, "absent": why})
+
+    def _add(self, row: dict) -> None:
+        print(line(row), flush=True)
+        self.rows = [r for r in self.rows if (r["step"], r["name"]) != (row["step"], row["name"])] + [row]
+        text = "".join(json.dumps(rounded(r)) + "\n" for r in self.rows)
+        part = self.file.with_suffix(".part")
+        part.write_text(text)
+        part.replace(self.file)  # whoever stops us finds the old file or the new one
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def line(row: dict) -> str:
+    """A row for a reader of the terminal: what it is, and what came of it."""
+    head = f"{row['step']:8} {row['name']:46} "
+    if "absent" in row:
+        return f"{head}absent: {row['absent']}"
+    if "error_message" in row:
+        return f"{head}FAILED: {row['error_message']}"
+    shown = ("ms", "img_s", "fraction_of_bound", "bound", "summary", "peak_gb", "flops", "bandwidth", "available")
+    return head + " ".join(f"{key}={_short(row[key])}" for key in shown if key in row)
+
+
+def _short(value):
+    if isinstance(value, float):
+        return float(f"{value:.3g}")
+    return {k: _short(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+# The one step that must work before the package can be imported
+
+
+def build(campaign: Campaign, args: argparse.Namespace) -> None:
+    def compile_in_place() -> dict:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(60.0, args.budget))
+        (campaign.out / "build.txt").write_text(done.stdout + done.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr.strip().splitlines()[-1]} (see build.txt)")
+        return {"summary": [text for text in done.stderr.splitlines() if text.startswith("[resnet_fast]")]}
+
+    def unpack() -> dict:
+        with zipfile.ZipFile(args.wheel) as wheel:
+            libraries = [name for name in wheel.namelist() if name.endswith(".so")]
+            if not libraries:
+                raise ValueError(f"--wheel {args.wheel}: holds no compiled part")
+            wheel.extractall(ROOT, libraries)
+        return {"summary": libraries}
+
+    if args.wheel:
+        campaign.row(f"wheel {Path(args.wheel).name}", unpack)
+    else:
+        campaign.row("from source", compile_in_place)
+
+
+# The command line
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for campaign.jsonl and logs")
-    parser.add_argument("--steps", default="doctor,test,kernels,models", help=f"of {','.join(STEPS)}")
-    parser.add_argument("--models", nargs="+", default=["resnet50", "resnet18"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[256])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--compile", default="default", help="torch.compile modes, comma-separated; empty for none")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=500, help="seconds after which no new row is started")
-    args = parser.parse_args()
-    unknown = set(args.steps.split(",")) - set(STEPS)
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows, logs and the report")
+    default = "doctor,test,peers,kernels"
+    parser.add_argument("--steps", default=default, help=f"of {','.join(STEPS)}, or all (default: {default})")
+    parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="for each step (default: 300)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--models", nargs="+", default=["resnet50", "resnet18"], metavar="MODEL")
+    parser.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N", help="default: 256")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="these alone, beside ours (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="samples of a model (default: 15)")
+    parser.add_argument(
+        "--layers", default="", metavar="TEXT", help='only layers with this in their names, as "3x3 64"'
+    )
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="test files (default: all with tests marked gpu)")
+    parser.add_argument("--wheel", metavar="FILE", help="for build: take its compiled parts")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and measure nothing")
+    args = parser.parse_args(argv)
+    args.steps = list(STEPS) if args.steps == "all" else args.steps.split(",")
+    unknown = [step for step in args.steps if step not in STEPS]
     if unknown:
-        parser.error(f"--steps must be of {','.join(STEPS)}, got {','.join(sorted(unknown))}")
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device")
-    campaign = Campaign(args.out, args.budget)
-    for name in args.steps.split(","):
-        with campaign.guard(name, name):
-            STEPS[name](campaign, args)
-    print(report(campaign))
-    return 0
+        parser.error(f"--steps must be of {','.join(STEPS)}, got {','.join(unknown)}")
+    if args.wheel and not Path(args.wheel).is_file():
+        parser.error(f"--wheel {args.wheel}: no such file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported; see resnet-fast bench --help
+    sys.path.insert(0, str(ROOT))  # the checkout that this file lies in, whatever else is installed
+    args = parse(argv)
+    campaign = None if args.dry_run else Campaign(args.out, args.budget)
+    if "build" in args.steps and campaign is not None:
+        campaign.begin("build")
+        build(campaign, args)
+    spec = importlib.util.spec_from_file_location("campaign_steps", ROOT / "benchmarks" / "campaign_steps.py")
+    steps = importlib.util.module_from_spec(spec)
+    sys.modules["campaign_steps"] = steps  # for the processes that tune starts
+    spec.loader.exec_module(steps)
+    return steps.plan(args) if campaign is None else steps.run(campaign, args)
 
 
 if __name__ == "__main__":

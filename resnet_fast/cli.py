@@ -23,7 +23,7 @@ from .backends import backends
 from .bench import cells, compare, limits, report
 from .bench.cells import CALIBRATION_IMAGES, DTYPES, one_line
 from .bench.peers import OURS, PEERS, Peer, peers
-from .bench.results import table, write_json
+from .bench.results import per_second, table, write_json
 from .measure import environment, interleaved, random_model
 from .nn.explain import explain
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import limits
 from .peers import OURS
+from .results import per_second
 
 _OURS, _OTHERS, _GREY = "#d1495b", "#8d99ae", "#555555"
 _KINDS = {"1x1": "#00798c", "3x3": "#edae49", "7x7": "#66a182", "add_relu": "#7d5ba6"}
@@ -84,8 +85,8 @@ def roofline(rows: Sequence[dict], ceilings: dict, path: Path) -> None:
         knee = peak / bandwidth
         line = [left, min(max(knee, left), right), right]
         axis.plot(line, [min(peak, x * bandwidth) / 1e9 for x in line], color=_GREY, linewidth=1.2)
-        axis.text(right, peak / 1e9, f" {peak / 1e9:,.0f} GFLOP/s", va="center", fontsize=8, color=_GREY)
-        axis.text(left, left * bandwidth / 1e9, f"{bandwidth / 1e9:,.0f} GB/s ", ha="right", fontsize=8, color=_GREY)
+        axis.text(right, peak / 1e9, " " + per_second(peak, "FLOP"), va="center", fontsize=8, color=_GREY)
+        axis.text(left, left * bandwidth / 1e9, per_second(bandwidth, "B") + " ", ha="right", fontsize=8, color=_GREY)
     for kind, color in _KINDS.items():
         of_kind = [row for row in rows if _kind(row) == kind]
         for way, style in (("torch", {"facecolors": "none"}), ("ours", {"facecolors": color})):

@@ -19,7 +19,7 @@ from statistics import median
 from . import plots
 from .layers import MODELS
 from .peers import OURS
-from .results import markdown
+from .results import markdown, per_second
 
 BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
 TRAFFIC_OF = ("resnet18", "resnet50")
@@ -88,7 +88,7 @@ def peers_table(cells: Sequence[dict]) -> str:
         figures = [_time_of(cell["peers"][name], name == fastest) if name in cell["peers"] else "" for name in names]
         rate = f"{ours['images_per_s']:,.4g}" if ours.get("images_per_s") and ours["images_per_s"] < 1000 else ""
         rate = rate or (f"{ours['images_per_s']:,.0f}" if ours.get("images_per_s") else "")
-        bound = f"{ours['fraction_of_bound']:.2f}" if ours.get("fraction_of_bound") else ""
+        bound = f"{ours['fraction_of_bound']:.2g}" if ours.get("fraction_of_bound") else ""
         rows.append((f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}", *figures, rate, bound))
     return markdown(rows)
 
@@ -104,17 +104,19 @@ def _notes(cells: Sequence[dict]) -> list[str]:
 
 
 def summary(cells: Sequence[dict]) -> str:
-    """One sentence: how ours stands against the best of the others, per dtype."""
+    """One sentence: how the fastest of ours stands against the fastest of the others, per dtype."""
     parts = []
     for dtype in dict.fromkeys(cell["dtype"] for cell in cells):
         ratios = []
         for cell in (cell for cell in cells if cell["dtype"] == dtype):
-            ours = cell["peers"].get(OURS, {}).get("median_ms")
-            others = [p["median_ms"] for n, p in cell["peers"].items() if not n.startswith(OURS) and p.get("median_ms")]
+            timed = {name: peer["median_ms"] for name, peer in cell["peers"].items() if peer.get("median_ms")}
+            ours = [ms for name, ms in timed.items() if name.startswith(OURS)]
+            others = [ms for name, ms in timed.items() if not name.startswith(OURS)]
             if ours and others:
-                ratios.append(min(others) / ours)
+                ratios.append(min(others) / min(ours))
         if ratios:
-            parts.append(f"{min(ratios):.2f}-{max(ratios):.2f} times as fast as the best of the others in {dtype}")
+            span = f"{min(ratios):.2f}" + (f" to {max(ratios):.2f}" if len(ratios) > 1 else "")
+            parts.append(f"{span} times as fast as the fastest of the others in {dtype}")
     return f"{OURS} is {', '.join(parts)}." if parts else ""
 
 
@@ -145,9 +147,8 @@ def kernels_table(rows: Sequence[dict]) -> str:
     lines = [("", "of bound", "bound", *(f"{way}, ms" for way in ways), "GFLOP/s", "GB/s")]
     for row in ordered:
         times = [f"{row['ms'][way]:.3g}" if way in row["ms"] else "" for way in ways]
-        name = f"{row['name']}, {row['dtype']}, batch {row['batch']}"
         rates = (f"{row['gflops']:,.0f}", f"{row['gb_s']:,.0f}")
-        lines.append((name, f"{row['fraction_of_bound']:.2f}", row["bound"], *times, *rates))
+        lines.append((row["name"], f"{row['fraction_of_bound']:.2f}", row["bound"], *times, *rates))
     return markdown(lines)
 
 
@@ -181,9 +182,9 @@ def _about(folder: Folder) -> str:
     e, roof = folder.environment, folder.ceilings
     names = ("torch", "triton", "python", "threads", "isa_level", "commit")
     facts = ", ".join(f"{name} {e[name]}" for name in names if e.get(name))
-    flops = ", ".join(f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in roof.get("flops", {}).items())
-    limit = f" Ceilings: {flops}; {roof['bandwidth'] / 1e9:,.0f} GB/s ({roof['how']})." if roof else ""
-    return f"{facts}.{limit}"
+    flops = ", ".join(f"{per_second(value, 'FLOP')} in {name}" for name, value in roof.get("flops", {}).items())
+    limit = f" Ceilings: {flops}; {per_second(roof['bandwidth'], 'B')} ({roof['how']})." if roof else ""
+    return f"{facts}.{limit}" if facts else limit
 
 
 def page(folder: Folder) -> str:
@@ -199,7 +200,7 @@ def page(folder: Folder) -> str:
     rows = folder.kernels
     if rows:
         ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
-        worst = [f"{i}. {r['name']}, {r['dtype']}: {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
+        worst = [f"{i}. {r['name']}: {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
                  for i, r in enumerate(ordered[:WORST], 1)]  # fmt: skip
         parts += ["## Single layers", f"The {len(worst)} farthest from their bound:", "\n".join(worst),
                   "![roofline](roofline.svg)", kernels_table(rows)]  # fmt: skip

@@ -21,6 +21,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join(["---", *["---:"] * (len(rows[0]) - 1)]) + " |", *lines[1:]])
 
 
+def per_second(value: float, unit: str) -> str:
+    """A rate in the prefix that fits: 8.04e14, "FLOP" gives "804 TFLOP/s"."""
+    prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / scale:,.3g} {prefix}{unit}/s"
+
+
 def _rounded(value: Any) -> Any:
     """Five significant digits, which is more than any measurement here has."""
     if isinstance(value, float):

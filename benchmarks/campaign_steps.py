@@ -1,0 +1,419 @@
+"""The steps of gpu_campaign.py that need the package. A step is a function of the campaign and the arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import resnet_fast
+from resnet_fast.backends import triton_interpreted
+from resnet_fast.bench import cells, kernels, layers, limits, report
+from resnet_fast.bench.cells import DTYPES, Cell
+from resnet_fast.bench.layers import Layer
+from resnet_fast.bench.peers import OURS, Subject, peers
+from resnet_fast.bench.results import write_json
+from resnet_fast.measure import environment, interleaved, relative_rms
+
+ROOT = Path(__file__).resolve().parent.parent
+LATER_OPERATORS = (
+    "batch_norm_relu",
+    "conv_bn_relu_max_pool",
+    "conv_bn_relu_projection",
+    "max_pool",
+    "avg_pool_flatten",
+)
+SANITIZED = (("tests/test_add_relu.py", "gpu"), ("tests/test_conv_bn_relu_cuda.py", "gpu"))
+
+
+def doctor(campaign, args: argparse.Namespace) -> None:
+    campaign.row("environment", environment)
+    for name, backend in resnet_fast.backends().items():
+        campaign.row(f"backend {name}", lambda b=backend: {"available": b.available, "reason": b.reason})
+    campaign.row("ceilings", lambda: limits.ceilings(args.device).to_dict())
+
+
+# test
+
+
+def test_files(args: argparse.Namespace) -> list[str]:
+    """Files with tests marked gpu, the one with the fewest first."""
+    if args.tests:
+        return args.tests
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", "tests"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+    counts = Counter(re.findall(r"^(tests/[\w/]+\.py)::", found, re.MULTILINE))
+    return sorted(counts, key=counts.__getitem__)
+
+
+def _run_tests(campaign, file: str, wrapper: list[str], *arguments: str) -> dict:
+    # Most of the time goes into Triton's compiler, so with pytest-xdist on all cores.
+    workers = [] if wrapper or not importlib.util.find_spec("xdist") else ["-n", str(min(12, os.cpu_count() or 1))]
+    command = [*wrapper, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, *arguments, *workers]
+    timeout = max(60.0, campaign.seconds_left())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    log = campaign.out / f"{campaign.step}_{Path(file).stem}{'_sanitized' if wrapper else ''}.txt"
+    log.write_text(done.stdout + done.stderr)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode not in (0, 5):  # 5: nothing was selected
+        raise RuntimeError(f"{last} (see {log.name})")
+    return {"summary": last}
+
+
+def test(campaign, args: argparse.Namespace) -> None:
+    marker = ["-m", "gpu", "--maxfail=20"]
+    for file in test_files(args):
+        campaign.row(f"pytest {file}", lambda file=file: _run_tests(campaign, file, [], *marker))
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        return campaign.absent("compute-sanitizer", "not installed")
+    if args.device != "cuda":
+        return campaign.absent("compute-sanitizer", "no CUDA device")
+    wrapper = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1"]
+    for file, chosen in SANITIZED:
+        few = ["-m", chosen, "-k", "not large and not compile", "--maxfail=3"]
+        campaign.row(f"memcheck {file}", lambda file=file, few=few: _run_tests(campaign, file, wrapper, *few))
+
+
+# peers and models
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    return [Cell(m, b, d, args.device) for m, d, b in itertools.product(args.models, args.dtype, args.batch)]
+
+
+def _peers(args: argparse.Namespace) -> list:
+    known = peers(args.device)
+    unknown = set(args.peers or ()) - set(known)
+    if unknown:
+        raise ValueError(f"--peers must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return [p for name, p in known.items() if not args.peers or name in (OURS, *args.peers)]
+
+
+def run_peers(campaign, args: argparse.Namespace) -> None:
+    path = campaign.out / "peers.json"
+    found = json.loads(path.read_text()) if path.exists() else {"cells": []}
+    names = torch.cuda.get_device_name() if args.device == "cuda" else environment()["cpu"]
+    head = {"environment": environment(), "device": names, "ceilings": limits.ceilings(args.device).to_dict()}
+    stocks: dict[str, torch.nn.Module] = {}
+
+    def measure(cell: Cell) -> dict:
+        if cell.model not in stocks:
+            stocks.clear()
+            stocks.update(cells.models([cell.model]))
+        results = cells.run(cell, stocks[cell.model], _peers(args), args.rounds, True, lambda n: None)
+        print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
+        done = cells.to_dict(cell, results)
+        found["cells"].append(done)
+        write_json(path, head | {"cells": found["cells"]})
+        timed = {name: peer for name, peer in done["peers"].items() if peer.get("median_ms")}
+        return {"ms": {n: p["median_ms"] for n, p in timed.items()}, "img_s": timed[OURS]["images_per_s"]}
+
+    for cell in _cells(args):
+        campaign.row(str(cell), lambda cell=cell: measure(cell))
+
+
+def model_calls(subject: Subject) -> dict[str, Callable]:
+    """Ways to run our model, by name: every backend, both layouts."""
+    device, x = subject.images.device.type, subject.images
+    calls = {}
+    for layout in (torch.channels_last, torch.contiguous_format):
+        name = str(layout).removeprefix("torch.").removesuffix("_format")
+        model, images = subject.ours().to(memory_format=layout), x.contiguous(memory_format=layout)
+        calls[name] = lambda model=model, images=images: model(images)
+        for backend in resnet_fast.backends().values():
+            if device in backend.devices and not (backend.name == "triton" and triton_interpreted()):
+                calls[f"{name}, {backend.name}"] = kernels.forced(backend.name, calls[name])
+    return calls
+
+
+@torch.no_grad()
+def run_models(campaign, args: argparse.Namespace) -> None:
+    for model, group in itertools.groupby(_cells(args), key=lambda cell: cell.model):
+        stock = None
+        for cell in group:
+            if stock is None:
+                stock = dict(cells.models([model]))[model]
+            shared, reference = cells.subject(cell, stock)
+            for way, call in model_calls(shared).items():
+
+                def measure(call=call, shared=shared, reference=reference) -> dict:
+                    error = relative_rms(call().cpu(), reference)
+                    if not error < cells.tolerance(args.device, shared.images.dtype):
+                        raise RuntimeError(f"wrong output: relative RMS {error:.1e}")
+                    t = interleaved({"": call}, args.rounds, budget=cells.SECONDS_PER_PEER)[""]
+                    figures = {"ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80}
+                    return figures | {"img_s": len(shared.images) / t.median, "error": error}
+
+                campaign.row(f"{cell}, {way}", measure)
+
+
+# kernels
+
+
+def run_kernels(campaign, args: argparse.Namespace) -> None:
+    maps = [] if args.layers else kernels.residual_maps(args.models)
+    for name, batch in itertools.product(args.dtype, args.batch):
+        dtype = DTYPES[name]
+
+        def measure(timer: Callable, *subject, dtype=dtype, batch=batch, name=name) -> dict:
+            return {"dtype": name, "batch": batch} | timer(*subject, batch, dtype, args.device)
+
+        for channels, size in maps:
+            title = f"add_relu {channels}@{size} {name} batch {batch}"
+            campaign.row(title, lambda c=channels, s=size, m=measure: m(kernels.time_add_relu, c, s))
+        for layer in kernels.distinct_layers(args.models, args.layers):
+            title = f"{layer} {name} batch {batch}"
+            campaign.row(title, lambda la=layer, m=measure: m(kernels.time_layer, la))
+    for operator in LATER_OPERATORS:
+        if not hasattr(torch.ops.resnet_fast, operator):
+            campaign.absent(operator, "this package has no such operator yet")
+
+
+# tune
+
+# Tiles worth trying for 16-bit operands: rows, columns, depth, warps, stages.
+TILES = [
+    (m, n, k, warps, stages)
+    for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8),
+                        (256, 128, 8), (64, 128, 4), (64, 256, 8))
+    for k, stages in ((32, 4), (64, 2), (64, 3), (64, 4), (128, 2))
+    if (m + n) * k * 2 * stages <= 200 * 1024
+]  # fmt: skip
+
+
+def _patched_tile(tile: tuple):
+    from resnet_fast.kernels import conv_bn_relu as module
+
+    table = {key: module.ConvConfig(*tile) for key in module.CONFIGS["default"]}
+    return mock.patch.dict(module.CONFIGS, {key: table for key in module.CONFIGS})
+
+
+def _tiled_call(work: kernels.Problem, tile: tuple) -> Callable:
+    call = kernels.forced("triton", lambda: resnet_fast.ops.conv_bn_relu(**work.tensors, **work.numbers))
+
+    def run():
+        with _patched_tile(tile):
+            return call()
+
+    return run
+
+
+@torch.no_grad()
+def _compile_tile(job: tuple) -> str | None:
+    """Runs a layer once on one image, so that its kernel lies in Triton's cache; in a process of its own."""
+    layer, dtype, device, tile = job
+    try:
+        _tiled_call(kernels.problem(layer, 1, dtype, device), tile)()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def _compile_all(found: list[Layer], dtype: torch.dtype, device: str) -> dict:
+    # One job a kernel: sizes are not specialised.
+    jobs = {(la.channels, la.filters, la.kernel, la.stride, la.residual, la.relu, tile): (la, dtype, device, tile)
+            for la in found for tile in TILES}  # fmt: skip
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        failures = Counter(filter(None, pool.imap_unordered(_compile_tile, jobs.values())))
+    return {"kernels": len(jobs), "failures": dict(failures)}
+
+
+@torch.no_grad()
+def _tune_layer(layer: Layer, batch: int, name: str, device: str, tiles: list[tuple]) -> dict:
+    work = kernels.problem(layer, batch, DTYPES[name], device)
+    reference, calls, error = work.reference(), {}, {}
+    for tile in tiles:
+        title, call = ",".join(map(str, tile)), _tiled_call(work, tile)
+        try:
+            error[title] = relative_rms(call()[: kernels.CHECKED_IMAGES], reference)
+        except Exception as failure:  # too much shared memory on this architecture
+            error[title] = cells.one_line(failure)
+            continue
+        if error[title] < cells.tolerance(device, DTYPES[name]):
+            calls[title] = call
+    ms = kernels.milliseconds(calls, device)
+    return {"dtype": name, "batch": batch, "ms": dict(sorted(ms.items(), key=lambda x: x[1])), "error": error}
+
+
+def tune(campaign, args: argparse.Namespace) -> None:
+    triton = resnet_fast.backends()["triton"]
+    if args.device not in triton.devices:
+        return campaign.absent("Triton tiles", triton.reason)
+    name, batch = args.dtype[0], args.batch[0]
+    found = [layer for layer in kernels.distinct_layers(args.models, args.layers) if layer.channels > 3]
+    tiles = TILES[:2] if triton_interpreted() else TILES
+    if not triton_interpreted():  # nothing to compile there
+        campaign.row(f"compiled {name}", lambda: _compile_all(found, DTYPES[name], args.device))
+    for layer in found:
+        campaign.row(f"{layer} {name} batch {batch}", lambda la=layer: _tune_layer(la, batch, name, args.device, tiles))
+
+
+# train
+
+
+def _train(cell: Cell, way: str, rounds: int) -> dict:
+    """A step in torch's automatic mixed precision where the dtype is narrow: forward, backward, SGD with momentum."""
+    import torchvision
+
+    torch.manual_seed(0)
+    library = resnet_fast.models if way == OURS else torchvision.models
+    model = getattr(library, cell.model)(weights=None).to(cell.device, memory_format=torch.channels_last).train()
+    run = torch.compile(model) if way == "torch.compile" else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    x = cells.images(cell.batch)[: cell.batch].to(cell.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, limits.CLASSES, (cell.batch,)).to(cell.device)
+    dtype, losses = DTYPES[cell.dtype], []
+
+    def step() -> None:
+        with torch.autocast(cell.device, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(run(x), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+
+    if cell.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    t = interleaved({"": step}, rounds, budget=cells.SECONDS_PER_PEER)[""]
+    if not all(torch.isfinite(loss) for loss in losses):
+        raise RuntimeError("the loss is not finite")
+    bound = limits.bound(limits.training(cell.model, "least"), cell.batch, dtype, limits.ceilings(cell.device))
+    figures = {"ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80, "img_s": cell.batch / t.median}
+    figures |= bound.figures(t.median) | {"loss": losses[-1].item()}
+    if cell.device == "cuda":
+        figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return figures
+
+
+def train(campaign, args: argparse.Namespace) -> None:
+    for cell in _cells(args):
+        for way in ("torch channels_last", OURS, "torch.compile"):
+            if args.peers and way not in (OURS, *args.peers):
+                continue
+            campaign.row(f"{cell}, {way}", lambda cell=cell, way=way: _train(cell, way, args.rounds))
+            torch._dynamo.reset()
+
+
+# profile
+
+
+def profile(campaign, args: argparse.Namespace) -> None:
+    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if ncu is None:
+        return campaign.absent("ncu", "not installed")
+    if args.device != "cuda":
+        return campaign.absent("ncu", "no CUDA device")
+    for layer in kernels.distinct_layers(args.models, args.layers):
+        job = [str(Path(__file__)), str(layer), str(args.batch[0]), args.dtype[0]]
+        log = campaign.out / f"ncu_{re.sub(r'[^0-9a-z]+', '_', str(layer))}.txt"
+
+        def measure(job=job, log=log) -> dict:
+            command = [ncu, "--set", "basic", "--launch-skip", "8", "--launch-count", "6", "--log-file", str(log)]
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            timeout = max(60.0, campaign.seconds_left())
+            subprocess.run([*command, sys.executable, *job], env=env, check=True, capture_output=True, timeout=timeout)
+            return {"summary": log.name}
+
+        campaign.row(f"ncu {layer}", measure)
+
+
+@torch.no_grad()
+def _profiled(name: str, batch: int, dtype: str) -> None:
+    """What ncu watches: our operator on one layer, a few times."""
+    layer = next(la for la in kernels.distinct_layers(list(layers.MODELS)) if str(la) == name)
+    work = kernels.problem(layer, batch, DTYPES[dtype], "cuda")
+    for _ in range(4):
+        resnet_fast.ops.conv_bn_relu(**work.tensors, **work.numbers)
+    torch.cuda.synchronize()
+
+
+# All of it
+
+FUNCTIONS = {
+    "doctor": doctor, "test": test, "peers": run_peers, "kernels": run_kernels, "models": run_models, "tune": tune,
+    "train": train, "profile": profile,
+}  # fmt: skip
+
+
+def run(campaign, args: argparse.Namespace) -> int:
+    """Every step, then the report; returns the exit code: 1 if a row failed."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; --device cpu runs the same steps on the CPU", file=sys.stderr)
+        return 2
+    torch.backends.cudnn.benchmark = True
+    for step in args.steps:
+        if step == "build":  # done before this file could be imported
+            continue
+        campaign.begin(step)
+        try:
+            FUNCTIONS[step](campaign, args)
+        except Exception as error:
+            campaign.fail("the step itself", error)
+        if campaign.skipped:
+            print(f"{step:8} {campaign.skipped} rows left out: the budget of {args.budget:.0f} s is used up")
+        torch._dynamo.reset()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    folder = report.write(campaign.out, plot=importlib.util.find_spec("matplotlib") is not None)
+    print("\n" + summary(campaign, folder))
+    return int(any("error_message" in row for row in campaign.rows))
+
+
+def summary(campaign, folder: report.Folder) -> str:
+    """The short table: a line a step, and the layers farthest from their bound."""
+    lines = []
+    for step in ("build", *FUNCTIONS):
+        rows = [row for row in campaign.rows if row["step"] == step]
+        if rows:
+            failed = sum("error_message" in row for row in rows)
+            absent = [row["name"] for row in rows if "absent" in row]
+            lines.append(f"{step:8} {len(rows) - failed - len(absent):4} rows, {failed} failed"
+                         + (f"; absent: {', '.join(absent)}" if absent else ""))  # fmt: skip
+    ordered = sorted((r for r in folder.kernels if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
+    lines += [f"worst    {r['name']:46} {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
+              for r in ordered[: report.WORST]]  # fmt: skip
+    return "\n".join([*lines, f"report   {campaign.out / 'REPORT.md'}"])
+
+
+def plan(args: argparse.Namespace) -> int:
+    """What would be done, step by step, without a device."""
+    whole = [str(cell) for cell in _cells(args)]
+    each = [f"{d} batch {b}" for d, b in itertools.product(args.dtype, args.batch)]
+    found = [str(layer) for layer in kernels.distinct_layers(args.models, args.layers)]
+    what = {
+        "build": [args.wheel or "from source"],
+        "doctor": ["environment", "backends", "ceilings"],
+        "test": args.tests or ["every file with tests marked gpu", "compute-sanitizer"],
+        "peers": [f"{cell}: {', '.join(peer.name for peer in _peers(args))}" for cell in whole],
+        "kernels": [f"{len(found)} layers and {len(kernels.residual_maps(args.models))} add_relu, {at}" for at in each],
+        "models": whole,
+        "tune": [f"{len(TILES)} tiles on {len(found)} layers, {each[0]}"],
+        "train": whole,
+        "profile": [f"ncu on {len(found)} layers"],
+    }
+    for step in args.steps:
+        for text in what[step]:
+            print(f"{step:8} {text}")
+    print(f"each step at most {args.budget:.0f} s beyond its last row; results to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    _profiled(sys.argv[1], int(sys.argv[2]), sys.argv[3])
