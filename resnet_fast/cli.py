@@ -278,42 +278,46 @@ def _load_results(path: str) -> dict:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from torch.hub import tqdm  # works without the package tqdm
-
     names = args.models or ["resnet50"]
     for name in names:
         _builders(name)  # refuses an unknown one before anything is measured
-    device = _device(args.device).type
+    device = _device(args.device)
     _check_writable(args.json)
     old = _load_results(args.compare) if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if device == "cpu" and "OMP_PROC_BIND" not in os.environ:
+    chosen = _chosen_peers(args, device.type)
+    if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         print(
             "resnet-fast: OMP_PROC_BIND=true is not set; times may be far too long (see bench --help)", file=sys.stderr
         )
-    chosen = _chosen_peers(args, device)
-    memory = args.memory if args.memory is not None else args.peers is not None
-    found = {"environment": environment(), "device": _device_name(_device(args.device)), "cells": []}
-    found["ceilings"] = (roof := limits.ceilings(device)).to_dict()
 
-    wrong = False
-    print(f"{found['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; ceilings: "
-          f"{roof.flops['float32'] / 1e9:.0f} GFLOP/s in float32, {roof.bandwidth / 1e9:.0f} GB/s")  # fmt: skip
+    roof = limits.ceilings(device.type)
+    found = {"environment": environment(), "device": _device_name(device), "ceilings": roof.to_dict(), "cells": []}
+    peak, bandwidth = per_second(roof.flops["float32"], "FLOP"), per_second(roof.bandwidth, "B")
+    print(f"{found['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {peak}, {bandwidth}")
+    right = _measure(args, names, device.type, chosen, found)
+    if old is not None:
+        print(f"\nagainst {args.compare}\n{table(compare.rows(old, found))}")
+        print("\n".join(compare.differences(old, found)))
+    return int(not right)
+
+
+def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: list[Peer], found: dict) -> bool:
+    """Fills found["cells"]; whether this package's outputs were right in all of them."""
+    from torch.hub import tqdm  # works without the package tqdm
+
+    right, memory = True, args.memory if args.memory is not None else args.peers is not None
     with tqdm(total=len(names) * len(args.dtype) * len(args.batch) * len(chosen) * args.rounds, unit="call") as bar:
         for name, stock in cells.models(names):
             for dtype, batch in itertools.product(args.dtype, args.batch):
                 cell = cells.Cell(name, batch, dtype, device)
-                bar.set_description(str(cell))
                 results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update)
                 print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
                 found["cells"].append(cells.to_dict(cell, results))
                 write_json(args.json, found)  # what is measured stays, whatever happens later
-                wrong |= bool(results[OURS].refused)
-    if old is not None:
-        print(f"\nagainst {args.compare}\n{table(compare.rows(old, found))}")
-        print("\n".join(compare.differences(old, found)))
-    return int(wrong)
+                right &= not results[OURS].refused
+    return right
 
 
 # report

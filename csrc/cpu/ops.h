@@ -42,8 +42,9 @@ torch::stable::Tensor fingerprint(const torch::stable::Tensor& weight, int64_t g
 bool fingerprint_matches(const torch::stable::Tensor& fingerprint, const torch::stable::Tensor& weight, int64_t groups,
                          const std::vector<torch::stable::Tensor>& vectors);
 
-// Runs that many iterations of independent multiply-adds in registers on every thread of torch's pool, of float32 or of
-// bfloat16 pairs into float32; returns the floating point operations done, 0 if the CPU has no such instruction.
+// Floating point operations a second of that many iterations of independent multiply-adds in registers, of float32 or
+// of bfloat16 pairs into float32, summed over the threads of torch's pool, each by its own clock: one that waits for a
+// core does not hide what the core can do. 0 if the CPU has no such instruction.
 double fma_peak(int64_t iterations, bool bfloat16);
 
 // Position of the instruction-set level in use in the table of levels.cpp.

@@ -325,38 +325,44 @@ class Ceilings:
         return asdict(self)
 
 
-def _best_rate(amount: float, function: Callable[[], object]) -> float:
-    """The most of 30 calls with pauses between, since two threads may share a core for many milliseconds."""
-    function()
-    seconds = []
-    for _ in range(30):
+_SAMPLES = 30
+_PAUSE = 0.005  # seconds between samples, since two threads may share a core for many milliseconds
+
+
+def _best(rate: Callable[[], float]) -> float:
+    found = []
+    for _ in range(_SAMPLES):
+        found.append(rate())
+        time.sleep(_PAUSE)
+    return max(found)
+
+
+def _timed(amount: float, function: Callable[[], object]) -> Callable[[], float]:
+    def rate() -> float:
         start = time.perf_counter()
         function()
-        seconds.append(time.perf_counter() - start)
-        time.sleep(0.005)
-    return amount / min(seconds)
+        return amount / (time.perf_counter() - start)
+
+    function()
+    return rate
 
 
 def _cpu_ceilings() -> Ceilings:
-    peak = torch.ops.resnet_fast._fma_peak
-    iterations = 1_000_000  # about 4 ms
+    iterations, how = 250_000, "multiply-adds in registers"  # about 1 ms, less than a time slice
     found = {}
     for name, bfloat16 in (("float32", False), ("bfloat16", True)):
-        amount = peak(iterations, bfloat16)
-        if amount:
-            found[name] = _best_rate(amount, lambda b=bfloat16: peak(iterations, b))
-    how = "multiply-adds in registers"
-    # A CPU with matrix units does more in bfloat16 than its vector instructions; torch's product knows them.
-    a = torch.randn(1024, 1024).bfloat16()
-    if "bfloat16" in found:
-        product = _best_rate(2.0 * 1024**3, lambda: a @ a)
+        found[name] = _best(lambda b=bfloat16: torch.ops.resnet_fast._fma_peak(iterations, b))
+    if found["bfloat16"]:  # a CPU with matrix units does more than its vector instructions; torch's product knows them
+        a = torch.randn(1024, 1024).bfloat16()
+        product = _best(_timed(2.0 * len(a) ** 3, lambda: a @ a))
         if product > found["bfloat16"]:
             found["bfloat16"], how = product, f"{how} (bfloat16: a matrix product)"
-    found.setdefault("bfloat16", found["float32"])  # without instructions for it, arithmetic is in float32
+    else:
+        found["bfloat16"] = found["float32"]  # without instructions for it, arithmetic is in float32
     found["float16"] = found["float32"]
     x = torch.ones(1 << 26)  # 256 MiB, beyond every cache
     y = torch.zeros_like(x)
-    bandwidth = _best_rate(2.0 * x.numel() * 4, lambda: y.copy_(x))
+    bandwidth = _best(_timed(2.0 * x.numel() * x.itemsize, lambda: y.copy_(x)))
     return Ceilings("cpu", torch.get_num_threads(), found, bandwidth, f"{how}; a copy of 256 MiB")
 
 
