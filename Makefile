@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
-.PHONY: demo test bench lint format test-triton test-triton-aot test-oldest cuda-check clean
+.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -23,7 +23,20 @@ test: $(SETUP)
 	$(BIN)/python -m pytest tests
 
 bench: $(SETUP)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	OMP_PROC_BIND=true $(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The engines that we are measured against, and what draws the plots.
+$(VENV)/.bench: $(SETUP)
+	$(BIN)/pip install --quiet -e ".[test,bench]"
+	touch $@
+
+report: $(VENV)/.bench
+	$(BIN)/resnet-fast report
+
+# Every engine computes what torchvision computes; JAX too, which is a peer on CUDA only.
+test-peers: $(VENV)/.bench
+	$(BIN)/pip install --quiet jax
+	$(BIN)/python -m pytest tests/test_peers.py tests/test_report.py
 
 test-triton: $(SETUP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreter

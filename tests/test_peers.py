@@ -1,0 +1,169 @@
+"""The engines beside ours compute what torchvision computes, and a cell of the table says what is wrong with one."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from resnet_fast.bench import cells, compare, memory
+from resnet_fast.bench.cells import DTYPES, Cell
+from resnet_fast.bench.peers import OURS, PEERS, Peer, Prepared, peers
+from resnet_fast.measure import relative_rms
+
+pytest.importorskip("torchvision")
+
+BFLOAT16_INSTRUCTIONS = torch.ops.resnet_fast._fma_peak(1, True) > 0
+CPU_PEERS = peers("cpu")
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return dict(cells.models(["resnet18"]))["resnet18"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, peer in CPU_PEERS.items() if not peer.compiled])
+@torch.no_grad()
+def test_cpu_peer_is_right(name, dtype, stock):
+    peer = CPU_PEERS[name]
+    if peer.absent():
+        pytest.skip(peer.absent())
+    if name == "onnxruntime" and dtype == "bfloat16":
+        pytest.skip("ONNX Runtime has no bfloat16 convolution on a CPU")
+    subject, reference = cells.subject(Cell("resnet18", 2, dtype, "cpu"), stock)
+    prepared = peer.prepare(subject)
+    del subject  # a peer keeps alive what it needs
+    first, second = (prepared.call().clone() for _ in range(2))
+    assert relative_rms(first, reference) < cells.tolerance("cpu", DTYPES[dtype])
+    assert torch.equal(first, second)
+    if name == "openvino" and dtype == "bfloat16" and not BFLOAT16_INSTRUCTIONS:
+        assert prepared.note == "computes in float32"
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_jax_is_right(model, dtype):
+    pytest.importorskip("jax")
+    from resnet_fast.bench.jax_resnet import prepare
+
+    stock = dict(cells.models([model]))[model]
+    subject, reference = cells.subject(Cell(model, 2, dtype, "cpu"), stock)
+    out = prepare(subject.stock(), subject.images)()
+    assert out.shape == (2, 1000) and out.dtype == DTYPES[dtype]
+    assert relative_rms(out, reference) < cells.tolerance("cpu", DTYPES[dtype])
+
+
+def test_every_peer_has_one_name_on_its_device_and_ours_is_first():
+    for device in ("cpu", "cuda"):
+        names = [peer.name for peer in PEERS if peer.device == device]
+        assert len(names) == len(set(names)) and names[0] == OURS
+        assert list(peers(device)) == names
+
+
+def test_an_absent_peer_is_named():
+    peer = Peer("other", "cpu", lambda subject: None, ("no_such_engine", "json"))
+    assert peer.absent() == "absent: no_such_engine not installed"
+
+
+def fake(name, output):
+    """A peer whose call returns output(subject), and counts its calls."""
+
+    def prepare(subject):
+        def call():
+            calls.append(name)
+            return output(subject)
+
+        return Prepared(call)
+
+    calls = []
+    return Peer(name, "cpu", prepare), calls
+
+
+def test_a_cell_refuses_wrong_outputs_in_words_and_times_the_rest(stock):
+    def fails(subject):
+        raise RuntimeError("no such instruction\nsecond line")
+
+    wrong, wrong_calls = fake("wrong", lambda s: 1.01 * s.stock()(s.images))
+    nan, _ = fake("nan", lambda s: s.stock()(s.images) * float("nan"))
+    failing, _ = fake("failing", fails)
+    missing = Peer("missing", "cpu", lambda subject: None, ("no_such_engine",))
+    ticks = []
+    cell = Cell("resnet18", 1, "float32", "cpu")
+    results = cells.run(cell, stock, [CPU_PEERS[OURS], wrong, nan, failing, missing], 2, False, ticks.append)
+    assert sum(ticks) == 10 and len(wrong_calls) == 1
+    refused = {name: result.refused for name, result in results.items()}
+    assert refused == {
+        OURS: "", "wrong": "wrong output: not timed", "nan": "wrong output: not timed",
+        "failing": "does not run here (RuntimeError: no such instruction)",
+        "missing": "absent: no_such_engine not installed",
+    }  # fmt: skip
+    text = cells.to_text(cell, results)
+    assert "missing: absent: no_such_engine not installed" in text and "wrong: wrong output: not timed (error 1" in text
+
+    found = cells.to_dict(cell, results)
+    json.dumps(found)
+    ours = found["peers"][OURS]
+    assert ours["time_over_ours"] == 1 and 0 < ours["fraction_of_bound"] < 3
+    assert ours["images_per_s"] == pytest.approx(1e3 / ours["median_ms"])
+    assert found["gflop"] == pytest.approx(3.63, rel=0.01)
+    assert found["peers"]["missing"] == {
+        "refused": "absent: no_such_engine not installed", "note": None, "relative_rms": None, "prepare_s": None,
+        "first_call_s": None,
+    }  # fmt: skip
+
+
+def test_a_reference_without_spread_is_an_error(stock):
+    import copy
+
+    flat = copy.deepcopy(stock)
+    torch.nn.init.zeros_(flat.fc.weight)
+    torch.nn.init.zeros_(flat.fc.bias)
+    with pytest.raises(RuntimeError, match="not finite or have no spread"):
+        cells.subject(Cell("resnet18", 1, "float32", "cpu"), flat)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_the_peer_alone(stock):
+    subject, _ = cells.subject(Cell("resnet18", 2, "float32", "cpu"), stock)
+    found = memory.measure(subject, CPU_PEERS[OURS])
+    assert 100 < found["running_rss_mb"] <= found["peak_rss_mb"] < 4000
+    assert memory.measure(subject, Peer("no such peer", "cpu", lambda s: None)) is None
+
+
+# compare
+
+
+def results(**medians):
+    peers = {name: {"median_ms": ms, "p20_ms": 0.98 * ms, "p80_ms": 1.02 * ms} for name, ms in medians.items()}
+    cell = {"model": "resnet18", "batch": 1, "dtype": "float32", "device": "cpu", "peers": peers}
+    return {"environment": {"torch": "2.11", "threads": 2}, "cells": [cell]}
+
+
+@pytest.mark.parametrize(
+    ("now", "mark"),
+    [
+        ({OURS: 20.0, "torch": 30.0, "openvino": 25.0}, ""),
+        ({OURS: 22.0, "torch": 30.0, "openvino": 25.0}, "slower"),
+        ({OURS: 18.0, "torch": 30.0, "openvino": 25.0}, "faster"),
+        ({OURS: 20.5, "torch": 30.0, "openvino": 25.0}, ""),  # within the spread
+        ({OURS: 40.0, "torch": 60.0, "openvino": 50.0}, ""),  # the machine is twice as slow
+        ({OURS: 40.0, "torch": 30.0, "openvino": 60.0}, ""),  # another moved as far
+        ({OURS: 20.0, "torch": 60.0, "openvino": 50.0}, "faster"),
+    ],
+)
+def test_compare_marks_what_moved_more_than_the_machine(now, mark):
+    then = {OURS: 20.0, "torch": 30.0, "openvino": 25.0}
+    (ours,) = [c for c in compare.changes(results(**then), results(**now)) if c.peer == OURS]
+    assert ours.mark == mark
+    assert len(compare.rows(results(**then), results(**now))) == 4
+
+
+def test_compare_leaves_out_what_is_not_in_both_and_tells_other_environments():
+    old, new = results(**{OURS: 20.0, "torch": 30.0}), results(**{OURS: 20.0, "ncnn": 10.0})
+    assert [c.peer for c in compare.changes(old, new)] == [OURS]
+    new["cells"][0]["batch"] = 8
+    assert list(compare.changes(old, new)) == []
+    new["environment"]["threads"] = 1
+    assert compare.differences(old, new) == ["threads: 2 then, 1 now"]
