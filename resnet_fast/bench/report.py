@@ -153,25 +153,25 @@ def kernels_table(rows: Sequence[dict]) -> str:
 
 
 def blocks_table(benchmarks: Sequence[dict]) -> str:
-    """Time of torch and of torch channels_last over ours, a line a block and pass; below 1 torch is faster."""
+    """Milliseconds of ours, and the time of torch in both layouts over it; below 1 torch is faster."""
     groups: dict[tuple, dict[str, dict]] = {}
     for item in benchmarks:
         facts = item["extra_info"]
-        key = (facts["shape"], facts["mode"], facts["batch"], facts["dtype"])
+        key = (facts["subject"], facts["pass"], facts["dtype"], facts["batch"])
         groups.setdefault(key, {})[facts["way"]] = item
     rows = [("", "ours, ms", "images/s", "of bound", "torch / ours", "torch channels_last / ours")]
-    for (shape, mode, batch, dtype), ways in groups.items():
-        ours = next((item for way, item in ways.items() if way.startswith("ours")), None)
+    for (subject, pass_name, dtype, batch), ways in groups.items():
+        ours = next((item for way, item in ways.items() if way.startswith("ours")), None)  # the default comes first
         if ours is None:
             continue
         seconds, facts = ours["stats"]["median"], ours["extra_info"]
         over = [
             f"{ways[way]['stats']['median'] / seconds:.2f}" if way in ways else ""
-            for way in ("stock", "stock_channels_last")
+            for way in ("eager", "eager_channels_last")
         ]
-        name = f"{shape}, {mode}, {dtype}, batch {batch}"
-        rows.append((name, f"{1e3 * seconds:.3g}", f"{facts['images_per_s']:,.0f}",
-                     f"{facts['fraction_of_bound']:.2f}", *over))  # fmt: skip
+        name = f"{subject}, {pass_name}, {dtype}, batch {batch}"
+        figures = (f"{1e3 * seconds:.3g}", f"{facts['images_per_s']:,.0f}", f"{facts['fraction_of_bound']:.2g}")
+        rows.append((name, *figures, *over))
     return markdown(rows)
 
 
