@@ -27,17 +27,9 @@ def per_second(value: float, unit: str) -> str:
     return f"{value / scale:,.3g} {prefix}{unit}/s"
 
 
-def _rounded(value: Any) -> Any:
-    """Five significant digits, which is more than any measurement here has."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def to_json(value: Any) -> str:
-    return json.dumps(_rounded(value))
+    """With five significant digits, which is more than any measurement here has."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}")))
 
 
 def write_json(path: str | os.PathLike | None, value: dict) -> None:
