@@ -8,6 +8,7 @@ import torch
 
 import resnet_fast
 from resnet_fast.backends import forced
+from resnet_fast.measure import environment
 
 
 def python(code, **env):
@@ -101,3 +102,16 @@ def test_models_without_torchvision_name_the_command():
     code = "import sys; sys.modules['torchvision'] = None; import resnet_fast.models"
     minor = int(torch.__version__.split(".")[1]) + 15
     assert f'"torchvision==0.{minor}.*"' in python(code).stderr
+
+
+def test_a_measurement_knows_its_commit(tmp_path):
+    root = os.path.dirname(os.path.dirname(resnet_fast.__file__))
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("this checkout is not one of git's")
+    assert environment()["commit"].rstrip("+") == git.stdout[:12]
+    copied = "import sys, resnet_fast.measure as m; m.__file__ = sys.argv[1]; print(m._commit())"
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", copied, str(tmp_path / "measure.py")], capture_output=True, text=True
+    )
+    assert elsewhere.stdout.strip() == "None"

@@ -129,6 +129,7 @@ def bad_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("not an image")
     Path("empty.jpg").write_bytes(b"")
+    Path("list.json").write_text("[1, 2]")
     Path("cut.jpg").write_bytes(Path(PHOTOS[0]).read_bytes()[:5000])
     Path("text.pth").write_text("not weights")
     torch.save({"weight": torch.zeros(1)}, "other.pth")
@@ -161,6 +162,10 @@ def bad_files(tmp_path, monkeypatch):
         (["bench", "--rounds", "0"], "at least 1, got '0'"),
         (["bench", "--batch", "x"], "at least 1, got 'x'"),
         (["bench", "resnet18", "--json", "no/such/folder.json"], "no/such/folder.json: No such file or directory"),
+        (["bench", "resnet18", "--compare", "nothing.json"], "--compare nothing.json: No such file or directory"),
+        (["bench", "resnet18", "--compare", "notes.txt"], "--compare notes.txt: not a file of `bench --json`"),
+        (["bench", "resnet18", "--compare", "list.json"], "--compare list.json: not a file of `bench --json`"),
+        (["bench", "--peers", "resnet18"], "--peers: unknown 'resnet18'; the peers on c"),
     ],
 )
 def test_mistakes(capsys, argv, words):
@@ -187,7 +192,7 @@ def test_without_torchvision(capsys, monkeypatch):
     assert "resnet_fast.models" in err
 
 
-@pytest.mark.parametrize("command", ["", "info", "classify", "explain", "bench"])
+@pytest.mark.parametrize("command", ["", "info", "classify", "explain", "bench", "report"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*filter(None, [command]), "--help"])
@@ -215,6 +220,44 @@ def test_bench(capsys, tmp_path):
         assert peer["refused"] is None
         assert peer["relative_rms"] < 1e-4
         assert len(peer["samples_ms"]) + peer["dropped"] == 2
+
+
+def test_bench_says_what_moved(capsys, tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    assert run(capsys, *BENCH, "--json", str(old))[0] == 0
+    found = json.loads(old.read_text())
+    for peer in found["cells"][0]["peers"].values():
+        for key in ("median_ms", "p20_ms", "p80_ms"):
+            peer[key] *= (
+                1e-3 if peer is found["cells"][0]["peers"][OURS] else 1
+            )  # as if ours had been 1000 times faster
+    found["environment"]["torch"] = "1.0"
+    old.write_text(json.dumps(found))
+    code, out, _ = run(capsys, *BENCH, "--json", str(new), "--compare", str(old))
+    assert code == 0
+    compared = out[out.index("against ") :].splitlines()
+    marked = [line for line in compared if line.endswith("slower")]
+    assert len(marked) == 1 and f"resnet18, batch 1, float32, {OURS} " in marked[0]
+    assert f"torch: 1.0 then, {torch.__version__} now" in compared
+
+
+def test_bench_with_chosen_peers(capsys, monkeypatch):
+    from resnet_fast.bench import peers as module
+
+    absent = module.Peer("another", "cpu", lambda subject: None, ("no_such_engine",))
+    monkeypatch.setattr(module, "PEERS", (*module.PEERS, absent))
+    code, out, _ = run(capsys, *BENCH, "--peers", "torch", "another", "--no-memory")
+    assert code == 0
+    table = [line.split("  ")[0] for line in out.splitlines()]
+    assert OURS in table and "torch" in table and "torch channels_last" not in table
+    assert "another: absent: no_such_engine not installed" in out
+
+
+def test_bench_warns_where_threads_may_share_a_core(capsys, monkeypatch):
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+    assert "OMP_PROC_BIND=true is not set" in run(capsys, *BENCH)[2]
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    assert "OMP_PROC_BIND" not in run(capsys, *BENCH)[2]
 
 
 def test_bench_refuses_a_wrong_output(capsys, monkeypatch):
@@ -278,6 +321,15 @@ def test_interleaved_budget():
     assert calls.count("slow") == 2 + 3  # the warm-up and the least number of samples
     assert calls.count("fast") == 2 + 10
     assert timings["slow"].median >= 0.01
+
+
+def test_interleaved_warms_up_before_each_sample():
+    calls = []
+    functions = {"slow": lambda: (calls.append("slow"), time.sleep(0.02)), "fast": lambda: calls.append("fast")}
+    timings = interleaved(functions, 3, warm=0.01)
+    assert calls.count("slow") == 2 + 3 * 2  # one warm-up call is enough
+    assert calls.count("fast") > 2 + 3 * 10
+    assert all(len(t.samples) + t.dropped == 3 for t in timings.values())
 
 
 def test_interleaved_drops_disturbed_samples(monkeypatch):

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import resnet_fast
 from resnet_fast.backends import CPU_LEVELS
+from resnet_fast.bench import layers
 from resnet_fast.choose import has_few_channels
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 from resnet_fast.ops.weight_cache import packed_weights
@@ -74,6 +75,15 @@ def assert_right(tensors, geometry):
 @pytest.mark.parametrize("c", CHANNELS)
 def test_channels(c, k, dtype):
     assert_right(*problem(c=c, k=k, dtype=dtype))
+
+
+@pytest.mark.parametrize("layer", layers.distinct(layers.MODELS), ids=str)
+def test_every_layer_of_the_models(layer):
+    size = min(layer.size, 14)  # channels decide what runs; a map of 14 pixels has edges, and is quick
+    kernel, stride, padding = ((n, n) for n in (layer.kernel, layer.stride, layer.padding))
+    geometry = dict(kernel=kernel, stride=stride, padding=padding, groups=layer.groups, h=size, w=size)
+    tail = dict(residual=layer.residual, relu=layer.relu)
+    assert_right(*problem(n=1, c=layer.channels, k=layer.filters, **geometry, **tail))
 
 
 GEOMETRIES = {

@@ -46,6 +46,16 @@ def results(tmp_path):
         {"step": "kernels", "name": "5x5", "error_message": "RuntimeError: no"},
         {"step": "train", "name": "resnet18, ours", "ms": 100.0, "img_s": 80.0, "peak_gb": 1.5},
     ]
+    ways = (
+        ("ours_cpu", 1, 0.002),
+        ("ours_reference", 1, 0.009),
+        ("eager", 1, 0.003),
+        ("eager_channels_last", 1, 0.001),
+    )
+    ways += (("ours_cpu", 8, 0.016),)
+    facts = {"subject": "stem", "pass": "forward", "dtype": "float32"}
+    blocks = [{"extra_info": facts | {"way": w, "batch": b}, "stats": {"median": s}} for w, b, s in ways]
+    (folder / "blocks.json").write_text(json.dumps({"benchmarks": blocks}))
     (folder / "campaign.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path / "results"
 
@@ -59,6 +69,7 @@ def test_page(results):
     assert "- ncnn: absent: ncnn not installed" in text
     assert text.index("1. 1x1 slow: 0.20") < text.index("2. add_relu 64@56: 0.40") < text.index("3. 3x3 fast: 0.80")
     assert "| resnet18, ours | 100 | 80 | 1.50 |" in text
+    assert "|  | batch 1 | batch 8 |" in text and "| stem, forward, float32 | 2 (1.50 / 0.50) | 16 |" in text
     assert "- kernels, 5x5: RuntimeError: no" in text
 
 

@@ -24,6 +24,10 @@ from .results import markdown, per_second
 BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
 TRAFFIC_OF = ("resnet18", "resnet50")
 WORST = 10
+BLOCKS = (
+    "Blocks and operators, each row by itself (`pytest benchmarks`): milliseconds of ours (time of torch / of torch "
+    "channels_last over ours; below 1 torch is faster)."
+)
 
 
 class Folder:
@@ -153,26 +157,25 @@ def kernels_table(rows: Sequence[dict]) -> str:
 
 
 def blocks_table(benchmarks: Sequence[dict]) -> str:
-    """Milliseconds of ours, and the time of torch in both layouts over it; below 1 torch is faster."""
-    groups: dict[tuple, dict[str, dict]] = {}
+    """A line a block and pass, a column a batch: milliseconds of ours (torch / torch channels_last over ours)."""
+    found: dict[tuple, dict[int, dict[str, float]]] = {}
     for item in benchmarks:
         facts = item["extra_info"]
-        key = (facts["subject"], facts["pass"], facts["dtype"], facts["batch"])
-        groups.setdefault(key, {})[facts["way"]] = item
-    rows = [("", "ours, ms", "images/s", "of bound", "torch / ours", "torch channels_last / ours")]
-    for (subject, pass_name, dtype, batch), ways in groups.items():
-        ours = next((item for way, item in ways.items() if way.startswith("ours")), None)  # the default comes first
-        if ours is None:
-            continue
-        seconds, facts = ours["stats"]["median"], ours["extra_info"]
-        over = [
-            f"{ways[way]['stats']['median'] / seconds:.2f}" if way in ways else ""
-            for way in ("eager", "eager_channels_last")
-        ]
-        name = f"{subject}, {pass_name}, {dtype}, batch {batch}"
-        figures = (f"{1e3 * seconds:.3g}", f"{facts['images_per_s']:,.0f}", f"{facts['fraction_of_bound']:.2g}")
-        rows.append((name, *figures, *over))
+        batches = found.setdefault((facts["subject"], facts["pass"], facts["dtype"]), {})
+        batches.setdefault(facts["batch"], {})[facts["way"]] = item["stats"]["median"]
+    columns = sorted({batch for batches in found.values() for batch in batches})
+    rows = [("", *(f"batch {batch}" for batch in columns))]
+    for key, batches in found.items():
+        rows.append((", ".join(key), *(_ways_of(batches.get(batch, {})) for batch in columns)))
     return markdown(rows)
+
+
+def _ways_of(seconds: dict[str, float]) -> str:
+    ours = next((value for way, value in seconds.items() if way.startswith("ours")), None)  # the default comes first
+    if ours is None:
+        return ""
+    over = [f"{seconds[way] / ours:.2f}" for way in ("eager", "eager_channels_last") if way in seconds]
+    return f"{1e3 * ours:.3g}" + (f" ({' / '.join(over)})" if over else "")
 
 
 # Pages
@@ -196,7 +199,7 @@ def page(folder: Folder) -> str:
                   + summary(cells), peers_table(cells), "\n".join(_notes(cells)), "![peers](peers.svg)",
                   "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
     if folder.blocks:
-        parts += ["## Blocks and operators", blocks_table(folder.blocks)]
+        parts += ["## Blocks and operators", BLOCKS, blocks_table(folder.blocks)]
     rows = folder.kernels
     if rows:
         ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
@@ -245,7 +248,7 @@ def section(results: Path, link: str) -> str:
         if (path / "peers.svg").exists():
             parts.append(f"![images a second of every peer]({at}/peers.svg)")
         if folder.blocks:
-            parts += ["Blocks and operators:", blocks_table(folder.blocks)]
+            parts += [BLOCKS, blocks_table(folder.blocks)]
         ordered = sorted(
             (r for r in folder.kernels if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"]
         )
