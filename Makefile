@@ -17,7 +17,7 @@ $(SETUP): setup.py pyproject.toml $(CXX_FILES)
 demo: $(SETUP)
 	$(BIN)/resnet-fast info
 	$(BIN)/resnet-fast classify examples/photos/*.jpg --model resnet50
-	$(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32
+	OMP_PROC_BIND=true $(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32
 
 test: $(SETUP)
 	$(BIN)/python -m pytest tests
@@ -54,6 +54,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import torch; assert torch.__version__.startswith('2.11.'), torch.__version__"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_gpu_campaign.py -k "every_step or dry_run"
 
 $(VENV)/.dev: $(SETUP)
 	$(BIN)/pip install --quiet -e ".[test,dev]"

@@ -115,7 +115,7 @@ def run_peers(campaign, args: argparse.Namespace) -> None:
         if cell.model not in stocks:
             stocks.clear()
             stocks.update(cells.models([cell.model]))
-        results = cells.run(cell, stocks[cell.model], _peers(args), args.rounds, True, lambda n: None)
+        results = cells.run(cell, stocks[cell.model], _peers(args), args.rounds, args.memory, lambda n: None)
         print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
         done = cells.to_dict(cell, results)
         found["cells"].append(done)

@@ -145,6 +145,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N", help="default: 256")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="these alone, beside ours (default: all)")
+    text = "peers: leave out the process for each peer that measures its memory, which compiles once more"
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help=text)
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="samples of a model (default: 15)")
     parser.add_argument(
         "--layers", default="", metavar="TEXT", help='only layers with this in their names, as "3x3 64"'
