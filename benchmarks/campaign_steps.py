@@ -326,9 +326,8 @@ def profile(campaign, args: argparse.Namespace) -> None:
 
         def measure(job=job, log=log) -> dict:
             command = [ncu, "--set", "basic", "--launch-skip", "8", "--launch-count", "6", "--log-file", str(log)]
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
             timeout = max(60.0, campaign.seconds_left())
-            subprocess.run([*command, sys.executable, *job], env=env, check=True, capture_output=True, timeout=timeout)
+            subprocess.run([*command, sys.executable, *job], check=True, capture_output=True, timeout=timeout)
             return {"summary": log.name}
 
         campaign.row(f"ncu {layer}", measure)

@@ -22,7 +22,6 @@ there says "absent".
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -166,16 +165,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported; see resnet-fast bench --help
-    sys.path.insert(0, str(ROOT))  # the checkout that this file lies in, whatever else is installed
+    sys.path.insert(0, str(ROOT))  # the checkout that this file lies in, whatever else is installed; here and in
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )  # processes below
     args = parse(argv)
     campaign = None if args.dry_run else Campaign(args.out, args.budget)
     if "build" in args.steps and campaign is not None:
         campaign.begin("build")
         build(campaign, args)
-    spec = importlib.util.spec_from_file_location("campaign_steps", ROOT / "benchmarks" / "campaign_steps.py")
-    steps = importlib.util.module_from_spec(spec)
-    sys.modules["campaign_steps"] = steps  # for the processes that tune starts
-    spec.loader.exec_module(steps)
+    import campaign_steps as steps  # beside this file; it needs the package, which build may just have compiled
+
     return steps.plan(args) if campaign is None else steps.run(campaign, args)
 
 

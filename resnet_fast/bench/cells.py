@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .peers import OURS, Call, Peer, Subject
 from .results import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS_PER_PEER = 20.0
+SECONDS_PER_PEER = 10.0
 CALIBRATION_IMAGES = 8
 
 # Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default.
@@ -96,8 +97,8 @@ def subject(cell: Cell, stock: nn.Module) -> tuple[Subject, Tensor]:
 
 
 def one_line(error: BaseException) -> str:
-    """The class and first line of an error, short enough for a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The class and first line of an error, short enough for a table; of paths, the last part alone."""
+    lines = [re.sub(r"(/[\w.+-]+)+/", "", line.strip()) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 

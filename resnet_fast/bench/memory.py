@@ -15,7 +15,6 @@ import torch
 from .peers import Peer, Subject, peers
 
 _TIMEOUT = 600.0
-_CALLS = 2
 
 
 def measure(subject: Subject, peer: Peer) -> dict[str, float] | None:
@@ -60,8 +59,7 @@ def _child(path: str, device: str, name: str, threads: int) -> dict[str, float]:
     call()
     peak = _status("VmHWM")
     _forget_peak()
-    for _ in range(_CALLS):
-        call()
+    call()
     found = {"peak_rss_mb": max(peak, _status("VmHWM")), "running_rss_mb": _status("VmHWM")}
     if device == "cuda":
         found["device_mb"] = torch.cuda.max_memory_allocated() / 2**20

@@ -22,7 +22,7 @@ Call = Callable[[], Tensor]
 OURS = "resnet_fast"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """What all peers run: a model's weights of one dtype, and images [N, 3, H, W] of that dtype on a device."""
 
