@@ -165,10 +165,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is imported; see resnet-fast bench --help
-    sys.path.insert(0, str(ROOT))  # the checkout that this file lies in, whatever else is installed; here and in
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )  # processes below
+    # The checkout that this file lies in, whatever else is installed: here and in child processes.
+    sys.path.insert(0, str(ROOT))
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT) + (os.pathsep + inherited if inherited else "")
     args = parse(argv)
     campaign = None if args.dry_run else Campaign(args.out, args.budget)
     if "build" in args.steps and campaign is not None:
