@@ -312,7 +312,7 @@ def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: li
         for name, stock in cells.models(names):
             for dtype, batch in itertools.product(args.dtype, args.batch):
                 cell = cells.Cell(name, batch, dtype, device)
-                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update)
+                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update, args.precision)
                 print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
                 found["cells"].append(cells.to_dict(cell, results))
                 write_json(args.json, found)  # what is measured stays, whatever happens later
@@ -369,6 +369,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a fraction between 0 and 1, got {text!r}")
+    return value
+
+
 _BENCH_TEXT = f"""\
 Times this package's model against others: torchvision's, eager and eager in channels_last, torch.compile and
 torch.compile with freezing (both in channels_last); with --peers also OpenVINO, ONNX Runtime and ncnn on a CPU,
@@ -376,7 +386,8 @@ TensorRT and JAX on CUDA, as far as they are installed. All have the same random
 in one process in turn, so that a slow minute hits all alike. Before it is timed, every output is compared with a
 float64 run of torchvision's model ("error": RMS of the difference over RMS of the output); a wrong one is refused.
 
-time / ours  the median of the ratios of the single rounds: 2.00 takes twice as long as resnet_fast
+time / ours  the median of the ratios of the single rounds: 2.00 takes twice as long as resnet_fast; with half the
+             width of its 95 % interval, from 6 rounds on
 of bound     the least time that this machine's measured arithmetic and memory allow, over the time
              (counted in direct convolutions: a Winograd kernel may pass 1)
 ready s      seconds to convert or compile and to make the first call
@@ -440,6 +451,8 @@ Without a network the weights cannot be downloaded: then random ones are used an
     p.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help=dtypes)
     p.add_argument("--device", **device)
     p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples of each (default: 20)")
+    text = f"go on until every ratio is known to this, such as 0.03, or {cells.MOST} times the rounds are done"
+    p.add_argument("--precision", type=_fraction, default=math.inf, metavar="P", help=text)
     p.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU (default: torch's)")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     names = ", ".join(dict.fromkeys(peer.name for peer in PEERS if peer.packages))

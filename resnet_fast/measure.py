@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -135,6 +136,8 @@ def interleaved(
     progress: Callable[[int], object] | None = None,
     budget: float = float("inf"),
     warm: float = 0.0,
+    precision: float = float("inf"),
+    most_rounds: int = 0,
 ) -> dict[str, Timing]:
     """Times several functions in turn, so that a slow minute of the machine hits all of them alike.
 
@@ -151,6 +154,9 @@ def interleaved(
             brings the weights back into the caches, wakes the function's threads and lets those of the others fall
             asleep: with 0.06, ResNet-18 engines with four thread pools take as long as each alone in a process; with
             0, OpenVINO 1.2 times as long; after a pause of 50 ms instead, all 1.15-1.2 times as long (2 Zen 3 cores).
+        precision: goes on beyond ``rounds`` until `ratio_error` of every function to the first is at most this, or
+            ``most_rounds`` are done; functions that sit out are not waited for.
+        most_rounds: at least ``rounds``, else that.
 
     Returns:
         A Timing for each name.
@@ -164,19 +170,38 @@ def interleaved(
             function()
     names = list(functions)
     records = {name: _Record() for name in names}
-    for i in range(rounds):
+
+    def sits_out(name: str) -> bool:
+        samples = records[name].samples
+        return len(samples) >= _LEAST_SAMPLES and sum(samples) >= budget
+
+    for i in range(max(rounds, most_rounds)):
+        running = [name for name in names if not sits_out(name)]
+        if i >= rounds and _known(records, names, running, precision):
+            break
         first = i % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            samples = records[name].samples
-            if len(samples) < _LEAST_SAMPLES or sum(samples) < budget:
+            if name in running:
                 _warm_up(functions[name], warm if latest[name] < _WARM_UP_BELOW else 0.0)
-                seconds, disturbed = _time(functions[name])
-                latest[name] = seconds
-                samples.append(seconds)
+                latest[name], disturbed = _time(functions[name])
+                records[name].samples.append(latest[name])
                 records[name].disturbed.append(disturbed)
-            if progress is not None:
+            if progress is not None and i < rounds:
                 progress(1)
     return {name: record.timing() for name, record in records.items()}
+
+
+def _known(records: dict[str, _Record], names: list[str], running: list[str], precision: float) -> bool:
+    """Whether every ratio to the first function that more rounds would improve is known well enough."""
+    if not running or names[0] not in running:
+        return True
+    first = records[names[0]].timing()
+    return all(ratio_error(records[name].timing(), first) <= precision for name in running if name != names[0])
+
+
+def _ratios(a: Timing, b: Timing) -> list[float]:
+    of_b = dict(zip(b.rounds, b.samples, strict=True))
+    return sorted(s / of_b[r] for r, s in zip(a.rounds, a.samples, strict=True) if r in of_b)
 
 
 def ratio(a: Timing, b: Timing) -> float:
@@ -184,9 +209,22 @@ def ratio(a: Timing, b: Timing) -> float:
 
     The ratio of the medians if there is no such round.
     """
-    of_b = dict(zip(b.rounds, b.samples, strict=True))
-    ratios = [s / of_b[r] for r, s in zip(a.rounds, a.samples, strict=True) if r in of_b]
+    ratios = _ratios(a, b)
     return median(ratios) if ratios else a.median / b.median
+
+
+def ratio_error(a: Timing, b: Timing) -> float:
+    """Half the width of the 95 % interval of `ratio`, relative to it; infinite for fewer than 6 common rounds.
+
+    The interval of a median lies between order statistics, whatever the distribution (Conover, Practical Nonparametric
+    Statistics, 3.2): about sqrt(n) ranks to either side of the middle.
+    """
+    ratios = _ratios(a, b)
+    n = len(ratios)
+    if n < 6:
+        return float("inf")
+    rank = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return (ratios[n - 1 - rank] - ratios[rank]) / 2 / median(ratios)
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from resnet_fast.backends import NAMES
 from resnet_fast.cli import OURS, RANDOM, main
-from resnet_fast.measure import Timing, calibrate, environment, interleaved, ratio, relative_rms
+from resnet_fast.measure import Timing, calibrate, environment, interleaved, ratio, ratio_error, relative_rms
 
 pytest.importorskip("torchvision")
 
@@ -161,6 +161,7 @@ def bad_files(tmp_path, monkeypatch):
         (["bench", "resnet18", "resnet19"], "unknown model 'resnet19'"),
         (["bench", "--rounds", "0"], "at least 1, got '0'"),
         (["bench", "--batch", "x"], "at least 1, got 'x'"),
+        (["bench", "--precision", "3"], "a fraction between 0 and 1, got '3'"),
         (["bench", "resnet18", "--json", "no/such/folder.json"], "no/such/folder.json: No such file or directory"),
         (["bench", "resnet18", "--compare", "nothing.json"], "--compare nothing.json: No such file or directory"),
         (["bench", "resnet18", "--compare", "notes.txt"], "--compare notes.txt: not a file of `bench --json`"),
@@ -226,18 +227,16 @@ def test_bench_says_what_moved(capsys, tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     assert run(capsys, *BENCH, "--json", str(old))[0] == 0
     found = json.loads(old.read_text())
-    for peer in found["cells"][0]["peers"].values():
-        for key in ("median_ms", "p20_ms", "p80_ms"):
-            peer[key] *= (
-                1e-3 if peer is found["cells"][0]["peers"][OURS] else 1
-            )  # as if ours had been 1000 times faster
+    ours = found["cells"][0]["peers"][OURS]
+    for key in ("median_ms", "p20_ms", "p80_ms"):
+        ours[key] *= 1e-3  # as if it had been 1000 times faster
     found["environment"]["torch"] = "1.0"
     old.write_text(json.dumps(found))
     code, out, _ = run(capsys, *BENCH, "--json", str(new), "--compare", str(old))
     assert code == 0
     compared = out[out.index("against ") :].splitlines()
-    marked = [line for line in compared if line.endswith("slower")]
-    assert len(marked) == 1 and f"resnet18, batch 1, float32, {OURS} " in marked[0]
+    (line,) = [line for line in compared if line.startswith(f"resnet18, batch 1, float32, {OURS} ")]
+    assert line.endswith("slower")  # two samples of the others say little
     assert f"torch: 1.0 then, {torch.__version__} now" in compared
 
 
@@ -342,6 +341,36 @@ def test_interleaved_drops_disturbed_samples(monkeypatch):
 
     assert times([(1.0, False), (9.0, True), (3.0, False)]) == Timing((1.0, 3.0), (0, 2), 1)
     assert times([(1.0, True), (9.0, True), (3.0, False)]) == Timing((1.0, 9.0, 3.0), (0, 1, 2), 0)
+
+
+def test_ratio_error_is_that_of_a_median():
+    ones = Timing((1.0,) * 100, tuple(range(100)))
+    spread = Timing(tuple(1 + i / 100 for i in range(100)), tuple(range(100)))
+    # The 95 % interval of the median of 100 values goes from the 41st to the 60th: ranks 40 and 59 from 0.
+    assert ratio_error(spread, ones) == pytest.approx((1.59 - 1.40) / 2 / 1.495)
+    assert ratio_error(ones, ones) == 0
+    six = Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), tuple(range(6)))
+    assert ratio_error(six, Timing((1.0,) * 6, tuple(range(6)))) == pytest.approx(2.5 / 3.5)
+    assert ratio_error(Timing((1.0,) * 5, tuple(range(5))), ones) == float("inf")
+
+
+def test_interleaved_goes_on_until_ratios_are_known(monkeypatch):
+    from resnet_fast import measure
+
+    def rounds(seconds, **options):
+        later = {name: iter([1.0] + samples) for name, samples in seconds.items()}
+        calls = {name: lambda: None for name in seconds}
+        names = {call: name for name, call in calls.items()}
+        monkeypatch.setattr(measure, "_time", lambda function: (next(later[names[function]]), False))
+        return {name: len(t.samples) for name, t in interleaved(calls, 6, **options).items()}
+
+    noisy = {"ours": [1.0] * 100, "other": [1.0, 2.0] * 50}
+    assert rounds(noisy) == {"ours": 6, "other": 6}
+    assert rounds(noisy, precision=0.05, most_rounds=60) == {"ours": 60, "other": 60}
+    quiet = {"ours": [1.0] * 100, "other": [1.0, 2.0, 1.5] + [1.5] * 90}
+    assert 6 < rounds(quiet, precision=0.05, most_rounds=60)["other"] < 20
+    slow = {"ours": [1.0] * 100, "other": [30.0, 70.0] * 50}
+    assert rounds(slow, precision=0.05, most_rounds=60, budget=55.0)["other"] == 3  # not waited for
 
 
 def test_interleaved_bad_rounds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..measure import Timing, interleaved, random_model, ratio, relative_rms
+from ..measure import Timing, interleaved, random_model, ratio, ratio_error, relative_rms
 from . import limits
 from .memory import measure as measure_memory
 from .peers import OURS, Call, Peer, Subject
@@ -19,6 +20,7 @@ from .results import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS_PER_PEER = 10.0
+MOST = 10  # times as many rounds and seconds, where the machine is too noisy for the precision asked for
 CALIBRATION_IMAGES = 8
 
 # Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default.
@@ -72,8 +74,18 @@ class Result:
         t = self.timing
         facts |= {"median_ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80}
         facts |= {"images_per_s": cell.batch / t.median} | cell.bound().figures(t.median)
-        facts |= {"time_over_ours": ratio(t, ours) if ours else None}
+        if ours is not None:
+            facts |= {"time_over_ours": ratio(t, ours), "time_over_ours_error": _finite(ratio_error(t, ours))}
         return facts | {"samples_ms": [1e3 * s for s in t.samples], "rounds": t.rounds, "dropped": t.dropped}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _ratio_text(t: Timing, ours: Timing) -> str:
+    error = ratio_error(t, ours)
+    return f"{ratio(t, ours):.2f}" + (f" ±{100 * error:.0f} %" if math.isfinite(error) and t is not ours else "")
 
 
 def images(batch: int) -> Tensor:
@@ -126,9 +138,18 @@ def _check(result: Result, subject: Subject, reference: Tensor) -> Call | None:
 
 @torch.no_grad()
 def run(
-    cell: Cell, stock: nn.Module, peers: Sequence[Peer], rounds: int, memory: bool, bar: Callable[[int], object]
+    cell: Cell,
+    stock: nn.Module,
+    peers: Sequence[Peer],
+    rounds: int,
+    memory: bool,
+    bar: Callable[[int], object],
+    precision: float = math.inf,
 ) -> dict[str, Result]:
-    """Checks and times every peer. stock: torchvision's model, float32 on the CPU; bar: called with 1 a sample."""
+    """Checks and times every peer. stock: torchvision's model, float32 on the CPU; bar: called with 1 a sample.
+
+    precision: goes on, up to MOST times the rounds and seconds, until every ratio to ours is known to that (95 %).
+    """
     torch._dynamo.reset()  # the batch of the last cell would make this one's graphs dynamic
     shared, reference = subject(cell, stock)
     results = {peer.name: Result(peer) for peer in peers}
@@ -139,7 +160,9 @@ def run(
             bar(rounds)
         else:
             calls[name] = call
-    timings = interleaved(calls, rounds, bar, SECONDS_PER_PEER, _WARM if cell.device == "cpu" else 0.0)
+    most = MOST if math.isfinite(precision) else 1
+    warm = _WARM if cell.device == "cpu" else 0.0
+    timings = interleaved(calls, rounds, bar, most * SECONDS_PER_PEER, warm, precision, most * rounds)
     for name, timing in timings.items():
         results[name].timing = timing
     calls.clear()
@@ -169,7 +192,7 @@ def to_text(cell: Cell, results: dict[str, Result]) -> str:
         marks = [r.note, "fastest" if name == fastest else "", f"{t.dropped} samples disturbed" if t.dropped else ""]
         rows.append((
             name, f"{1e3 * t.median:.1f}", f"{1e3 * t.p20:.1f}-{1e3 * t.p80:.1f}", f"{cell.batch / t.median:.1f}",
-            f"{ratio(t, timed[OURS]):.2f}" if OURS in timed else "", f"{bound / t.median:.2f}", f"{r.error:.1e}",
+            _ratio_text(t, timed[OURS]) if OURS in timed else "", f"{bound / t.median:.2f}", f"{r.error:.1e}",
             f"{r.prepare_s + r.first_call_s:.1f}", f"{r.memory['running_rss_mb']:.0f}" if r.memory else "",
             ", ".join(filter(None, marks)),
         ))  # fmt: skip
