@@ -24,6 +24,7 @@ from .results import markdown, per_second
 BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
 TRAFFIC_OF = ("resnet18", "resnet50")
 WORST = 10
+_LONGEST = 80  # characters of a reason
 BLOCKS = (
     "Blocks and operators, each row by itself (`pytest benchmarks`): milliseconds of ours (time of torch / of torch "
     "channels_last over ours; below 1 torch is faster)."
@@ -75,7 +76,7 @@ def _time_of(peer: dict, best: bool) -> str:
         reason = peer.get("refused") or ""
         return reason.split(":")[0].split(" (")[0]  # "absent", "wrong output", "does not run here"
     ms = peer["median_ms"]
-    text = f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+    text = f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
     over = f" ({peer['time_over_ours']:.2f})" if peer.get("time_over_ours") else ""
     note = " *" if peer.get("note") else ""
     return f"**{text}{over}**{note}" if best else f"{text}{over}{note}"
@@ -98,12 +99,13 @@ def peers_table(cells: Sequence[dict]) -> str:
 
 
 def _notes(cells: Sequence[dict]) -> list[str]:
-    """What the stars and empty places of the table mean."""
+    """What the stars and empty places of the table mean; of a long reason, the beginning."""
     found: dict[str, list[str]] = {}
     for cell in cells:
         for name, peer in cell["peers"].items():
             if text := peer.get("note") or peer.get("refused"):
-                found.setdefault(f"{name}: {text}", []).append(f"{cell['dtype']}, batch {cell['batch']}")
+                short = text if len(text) <= _LONGEST else text[:_LONGEST] + "...)"
+                found.setdefault(f"{name}: {short}", []).append(f"{cell['dtype']}, batch {cell['batch']}")
     return [f"- {text} ({'; '.join(dict.fromkeys(where))})" for text, where in found.items()]
 
 
