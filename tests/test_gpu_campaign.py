@@ -57,7 +57,7 @@ def test_every_step_runs_on_the_cpu(campaign):
     assert {"torch", "ours", "ours, cpu"} <= set(layer["ms"]) and layer["error"]["ours"] < 1e-4
     assert layer["flops"] == pytest.approx(2 * 49 * 512 * 256, rel=1e-4) and 0 < layer["fraction_of_bound"] < 5
     assert found["resnet18, batch 1, float32, channels_last, cpu"]["error"] < 1e-4
-    assert found["resnet18, batch 1, float32, resnet_fast"]["loss"] > 0
+    assert found["resnet18, batch 1, float32, resnet_fast"]["loss"] >= 0  # one image is learnt at once
     for name in ("batch_norm_relu", "Triton tiles", "ncu", "compute-sanitizer"):
         assert found[name]["absent"] and any(name in ln and "absent: " in ln for ln in text.splitlines())
     cell = json.loads((out / "peers.json").read_text())["cells"][0]
