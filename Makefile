@@ -36,7 +36,7 @@ report: $(VENV)/.bench
 # Every engine computes what torchvision computes; JAX too, which is a peer on CUDA only.
 test-peers: $(VENV)/.bench
 	$(BIN)/pip install --quiet jax
-	$(BIN)/python -m pytest tests/test_peers.py tests/test_report.py
+	RESNET_FAST_TEST_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py tests/test_report.py
 
 test-triton: $(SETUP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreter

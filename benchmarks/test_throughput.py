@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from resnet_fast import models, use_backend
 from resnet_fast.bench import cells
+from resnet_fast.bench.kernels import cudnn_fused
 from resnet_fast.bench.layers import Layer
 from resnet_fast.bench.limits import CLASSES
 from resnet_fast.measure import calibrate, environment, random_model, relative_rms
@@ -70,21 +71,14 @@ class ConvBnRelu(nn.Module):
 
 
 class CudnnFused(nn.Module):
-    """cuDNN's convolution + bias (+ residual) + ReLU, BatchNorm folded into its weight beforehand."""
-
     def __init__(self, stock: ConvBnRelu) -> None:
         super().__init__()
         conv, bn = stock.conv, stock.bn
-        scale = bn.weight.float() / (bn.running_var.float() + bn.eps).sqrt()
-        folded = (conv.weight.float() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
-        self.weight = folded.contiguous(memory_format=torch.channels_last)
-        self.bias = (bn.bias.float() - bn.running_mean.float() * scale).to(conv.weight.dtype)
-        self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        self.call = cudnn_fused(conv.weight, *vectors, bn.eps, conv.stride, conv.padding, conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
-        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
+        return self.call(x, residual)
 
 
 class Stem(nn.Module):

@@ -153,7 +153,7 @@ def interleaved(
         warm: seconds for which a function runs untimed before each sample (if a single call takes less than 1 s). It
             brings the weights back into the caches, wakes the function's threads and lets those of the others fall
             asleep: with 0.06, ResNet-18 engines with four thread pools take as long as each alone in a process; with
-            0, OpenVINO 1.2 times as long; after a pause of 50 ms instead, all 1.15-1.2 times as long (2 Zen 3 cores).
+            0, OpenVINO 1.2 times as long; after a pause of 50 ms instead, all 1.1-1.2 times as long (2 Zen 3 cores).
         precision: goes on beyond ``rounds`` until `ratio_error` of every function to the first is at most this, or
             ``most_rounds`` are done; functions that sit out are not waited for.
         most_rounds: at least ``rounds``, else that.

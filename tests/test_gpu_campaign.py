@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from resnet_fast import _C
+
 pytest.importorskip("torchvision")
 
 ROOT = Path(__file__).parent.parent
@@ -134,9 +136,7 @@ def test_build_from_source(checkout):
 
 
 def test_build_from_a_wheel(checkout, tmp_path):
-    library = next((ROOT / "resnet_fast").glob("_C.abi3.so"), None)
-    if library is None:
-        pytest.skip("the package is not built in this checkout")
+    library = Path(_C.__file__)
     wheel = tmp_path / "resnet_fast-0.1.0-cp310-abi3-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.write(library, "resnet_fast/_C.abi3.so")

@@ -1,7 +1,7 @@
 """The engines beside ours compute what torchvision computes, and a cell of the table says what is wrong with one."""
 
 import json
-import sys
+import os
 
 import pytest
 import torch
@@ -17,6 +17,13 @@ BFLOAT16_INSTRUCTIONS = torch.ops.resnet_fast._fma_peak(1, True) > 0
 CPU_PEERS = peers("cpu")
 
 
+def needs(absent):
+    """Skips where an engine is not installed; `make test-peers`, which installs all of them, lets none be missing."""
+    if absent:
+        assert not os.environ.get("RESNET_FAST_TEST_PEERS"), absent
+        pytest.skip(absent)
+
+
 @pytest.fixture(scope="module")
 def stock():
     return dict(cells.models(["resnet18"]))["resnet18"]
@@ -27,11 +34,12 @@ def stock():
 @torch.no_grad()
 def test_cpu_peer_is_right(name, dtype, stock):
     peer = CPU_PEERS[name]
-    if peer.absent():
-        pytest.skip(peer.absent())
-    if name == "onnxruntime" and dtype == "bfloat16":
-        pytest.skip("ONNX Runtime has no bfloat16 convolution on a CPU")
+    needs(peer.absent())
     subject, reference = cells.subject(Cell("resnet18", 2, dtype, "cpu"), stock)
+    if name == "onnxruntime" and dtype == "bfloat16":  # it has no such convolution on a CPU, and says so
+        with pytest.raises(Exception, match=r"tensor\(bfloat16\).*Conv"):
+            peer.prepare(subject)
+        return
     prepared = peer.prepare(subject)
     del subject  # a peer keeps alive what it needs
     first, second = (prepared.call().clone() for _ in range(2))
@@ -45,7 +53,7 @@ def test_cpu_peer_is_right(name, dtype, stock):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()
 def test_jax_is_right(model, dtype):
-    pytest.importorskip("jax")
+    needs(Peer("jax", "cpu", lambda subject: None, ("jax",)).absent())
     from resnet_fast.bench.jax_resnet import prepare
 
     stock = dict(cells.models([model]))[model]
@@ -124,12 +132,20 @@ def test_a_reference_without_spread_is_an_error(stock):
         cells.subject(Cell("resnet18", 1, "float32", "cpu"), flat)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_peer_alone(stock):
     subject, _ = cells.subject(Cell("resnet18", 2, "float32", "cpu"), stock)
     found = memory.measure(subject, CPU_PEERS[OURS])
     assert 100 < found["running_rss_mb"] <= found["peak_rss_mb"] < 4000
-    assert memory.measure(subject, Peer("no such peer", "cpu", lambda s: None)) is None
+    with pytest.raises(RuntimeError, match="no such peer"):
+        memory.measure(subject, Peer("no such peer", "cpu", lambda s: None))
+
+
+def test_a_memory_that_cannot_be_measured_is_said(stock):
+    stranger, _ = fake("stranger", lambda s: s.stock()(s.images))  # a child process does not know it
+    cell = Cell("resnet18", 1, "float32", "cpu")
+    results = cells.run(cell, stock, [CPU_PEERS[OURS], stranger], 1, True, lambda n: None)
+    assert results["stranger"].note == "memory not measured (RuntimeError: KeyError: 'stranger')"
+    assert results["stranger"].timing is not None and results[OURS].memory["running_rss_mb"] > 100
 
 
 # compare

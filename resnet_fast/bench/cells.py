@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import Timing, interleaved, random_model, ratio, ratio_error, relative_rms
-from . import limits
-from .memory import measure as measure_memory
+from . import limits, memory
 from .peers import OURS, Call, Peer, Subject
 from .results import table
 
@@ -64,7 +64,7 @@ class Result:
     prepare_s: float | None = None
     first_call_s: float | None = None
     timing: Timing | None = None
-    memory: dict[str, float] | None = None
+    memory: dict[str, float] | None = None  # see memory.measure
 
     def to_dict(self, cell: Cell, ours: Timing | None) -> dict:
         facts = {"refused": self.refused or None, "note": self.note or None, "relative_rms": self.error}
@@ -142,7 +142,7 @@ def run(
     stock: nn.Module,
     peers: Sequence[Peer],
     rounds: int,
-    memory: bool,
+    with_memory: bool,
     bar: Callable[[int], object],
     precision: float = math.inf,
 ) -> dict[str, Result]:
@@ -166,10 +166,17 @@ def run(
     for name, timing in timings.items():
         results[name].timing = timing
     calls.clear()
-    if memory:
+    if with_memory:
         for name in timings:
-            results[name].memory = measure_memory(shared, results[name].peer)
+            _measure_memory(results[name], shared)
     return results
+
+
+def _measure_memory(result: Result, subject: Subject) -> None:
+    try:
+        result.memory = memory.measure(subject, result.peer)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        result.note = ", ".join(filter(None, [result.note, f"memory not measured ({one_line(error)})"]))
 
 
 def to_dict(cell: Cell, results: dict[str, Result]) -> dict:

@@ -17,21 +17,24 @@ from .peers import Peer, Subject, peers
 _TIMEOUT = 600.0
 
 
-def measure(subject: Subject, peer: Peer) -> dict[str, float] | None:
-    """Megabytes of a child process that prepares and runs the peer alone; None if it fails.
+def measure(subject: Subject, peer: Peer) -> dict[str, float]:
+    """Megabytes of a child process that prepares and runs the peer alone.
 
     ``peak_rss_mb`` is the largest resident size of its whole life, conversion and compilation included,
     ``running_rss_mb`` the largest during calls afterwards (both with Python and torch), ``device_mb`` the most that
     torch had allocated on a CUDA device.
+
+    Raises:
+        RuntimeError: the process failed; with its last line.
+        subprocess.TimeoutExpired: it took more than 10 minutes.
     """
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save({"model": subject.model, "state": subject.state, "images": subject.images.cpu()}, file.name)
         command = [sys.executable, "-m", __name__, file.name, subject.images.device.type, peer.name]
         command.append(str(torch.get_num_threads()))
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT)
-        except subprocess.SubprocessError:
-            return None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
