@@ -385,9 +385,8 @@ def summary(campaign, folder: report.Folder) -> str:
             absent = [row["name"] for row in rows if "absent" in row]
             lines.append(f"{step:8} {len(rows) - failed - len(absent):4} rows, {failed} failed"
                          + (f"; absent: {', '.join(absent)}" if absent else ""))  # fmt: skip
-    ordered = sorted((r for r in folder.kernels if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
     lines += [f"worst    {r['name']:46} {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
-              for r in ordered[: report.WORST]]  # fmt: skip
+              for r in folder.farthest[: report.WORST]]  # fmt: skip
     return "\n".join([*lines, f"report   {campaign.out / 'REPORT.md'}"])
 
 

@@ -329,8 +329,7 @@ def _report(args: argparse.Namespace) -> int:
         raise CliError(f"--results {results}: no folder there holds a peers.json (write one with bench --peers --json)")
     try:
         text = readme.read_text()
-        link = Path(os.path.relpath(results, readme.parent)).as_posix()
-        wanted = report.replace_section(text, report.section(results, link))
+        wanted = report.replace_section(text, report.section(results, readme))
         if args.check:
             if text != wanted:
                 print(f"{readme}: its numbers are not those of {results}; run resnet-fast report", file=sys.stderr)

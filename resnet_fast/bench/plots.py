@@ -8,10 +8,10 @@ from typing import Any
 
 from . import limits
 from .peers import OURS
-from .results import per_second
+from .results import per_second, short_reason
 
 _OURS, _OTHERS, _GREY = "#d1495b", "#8d99ae", "#555555"
-_KINDS = {"1x1": "#00798c", "3x3": "#edae49", "7x7": "#66a182", "add_relu": "#7d5ba6"}
+_KINDS = {"1x1": "#00798c", "3x3": "#edae49", "7x7": "#66a182"}
 
 
 def _pyplot() -> Any:
@@ -48,8 +48,7 @@ def peers(found: dict, path: Path) -> None:
         for y, name in enumerate(names):
             peer, color = cell["peers"][name], _OURS if name.startswith(OURS) else _OTHERS
             if not peer.get("median_ms"):
-                axis.text(0, y, " " + (peer.get("refused") or "not timed").split(":")[0].split(" (")[0], va="center",
-                          color=_GREY, fontsize=7)  # fmt: skip
+                axis.text(0, y, " " + short_reason(peer), va="center", color=_GREY, fontsize=7)
                 continue
             rate = 1e3 * cell["batch"] / peer["median_ms"]
             span = [1e3 * cell["batch"] / peer[key] for key in ("p80_ms", "p20_ms") if key in peer]

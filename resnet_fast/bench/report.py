@@ -17,9 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from . import plots
-from .layers import MODELS
 from .peers import OURS
-from .results import markdown, per_second
+from .results import markdown, per_second, short_reason
 
 BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
 TRAFFIC_OF = ("resnet18", "resnet50")
@@ -54,6 +53,11 @@ class Folder:
         return [row for row in self.step("kernels") if "ms" in row]
 
     @property
+    def farthest(self) -> list[dict]:
+        """Layers and add_relu, the farthest from their bound first."""
+        return sorted((r for r in self.kernels if "fraction_of_bound" in r), key=lambda r: r["fraction_of_bound"])
+
+    @property
     def environment(self) -> dict:
         found = [row for row in self.step("doctor") if row["name"] == "environment"]
         return self.peers.get("environment") or (found[0] if found else {})
@@ -73,8 +77,7 @@ class Folder:
 
 def _time_of(peer: dict, best: bool) -> str:
     if not peer.get("median_ms"):
-        reason = peer.get("refused") or ""
-        return reason.split(":")[0].split(" (")[0]  # "absent", "wrong output", "does not run here"
+        return short_reason(peer)
     ms = peer["median_ms"]
     text = f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
     over = f" ({peer['time_over_ours']:.2f})" if peer.get("time_over_ours") else ""
@@ -147,11 +150,10 @@ def costs_table(cells: Sequence[dict]) -> str:
 
 
 def kernels_table(rows: Sequence[dict]) -> str:
-    """Layers and add_relu, the farthest from their bound first."""
-    ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
-    ways = list(dict.fromkeys(way for row in ordered for way in row["ms"]))
+    """A line a row of the step "kernels", in the given order."""
+    ways = list(dict.fromkeys(way for row in rows for way in row["ms"]))
     lines = [("", "of bound", "bound", *(f"{way}, ms" for way in ways), "GFLOP/s", "GB/s")]
-    for row in ordered:
+    for row in rows:
         times = [f"{row['ms'][way]:.3g}" if way in row["ms"] else "" for way in ways]
         rates = (f"{row['gflops']:,.0f}", f"{row['gb_s']:,.0f}")
         lines.append((row["name"], f"{row['fraction_of_bound']:.2f}", row["bound"], *times, *rates))
@@ -202,11 +204,9 @@ def page(folder: Folder) -> str:
                   "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
     if folder.blocks:
         parts += ["## Blocks and operators", BLOCKS, blocks_table(folder.blocks)]
-    rows = folder.kernels
-    if rows:
-        ordered = sorted((r for r in rows if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"])
+    if rows := folder.farthest:
         worst = [f"{i}. {r['name']}: {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
-                 for i, r in enumerate(ordered[:WORST], 1)]  # fmt: skip
+                 for i, r in enumerate(rows[:WORST], 1)]  # fmt: skip
         parts += ["## Single layers", f"The {len(worst)} farthest from their bound:", "\n".join(worst),
                   "![roofline](roofline.svg)", kernels_table(rows)]  # fmt: skip
     for step, title in (("models", "Ways to run our models"), ("train", "Training steps")):
@@ -239,8 +239,9 @@ def folders(results: Path) -> list[Path]:
     return sorted(path for path in results.iterdir() if (path / "peers.json").exists())
 
 
-def section(results: Path, link: str) -> str:
-    """The README's numbers. results: the folder of all devices; link: the path to it from the README."""
+def section(results: Path, readme: Path) -> str:
+    """The README's numbers. results: the folder of all devices; readme: where they go, for the links."""
+    link = Path(os.path.relpath(results, readme.parent)).as_posix()
     parts = [BEGIN]
     for path in folders(results):
         folder = Folder(path)
@@ -251,12 +252,9 @@ def section(results: Path, link: str) -> str:
             parts.append(f"![images a second of every peer]({at}/peers.svg)")
         if folder.blocks:
             parts += [BLOCKS, blocks_table(folder.blocks)]
-        ordered = sorted(
-            (r for r in folder.kernels if r.get("fraction_of_bound")), key=lambda r: r["fraction_of_bound"]
-        )
-        if ordered:
-            worst = "; ".join(f"{r['name']} {r['fraction_of_bound']:.2f}" for r in ordered[:3])
-            parts.append(f"Farthest from their bound: {worst}.")
+        if worst := folder.farthest[:3]:
+            named = "; ".join(f"{r['name']} {r['fraction_of_bound']:.2f}" for r in worst)
+            parts.append(f"Farthest from their bound: {named}.")
         notes = f" and [what to know of these figures]({at}/NOTES.md)" if (path / "NOTES.md").exists() else ""
         parts.append(f"All rows, layers and errors: [report]({at}/REPORT.md){notes}.")
     return "\n\n".join([*filter(None, parts), END])
@@ -281,8 +279,7 @@ def write_all(results: Path, readme: Path | None, plot: bool = True) -> list[Pat
     for path in found:
         write(path, plot)
     if plot:
-        plots.traffic([model for model in MODELS if model in TRAFFIC_OF], results / "traffic.svg")
+        plots.traffic(TRAFFIC_OF, results / "traffic.svg")
     if readme is not None:
-        link = Path(os.path.relpath(results, readme.parent)).as_posix()
-        readme.write_text(replace_section(readme.read_text(), section(results, link)))
+        readme.write_text(replace_section(readme.read_text(), section(results, readme)))
     return found

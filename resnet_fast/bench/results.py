@@ -27,6 +27,11 @@ def per_second(value: float, unit: str) -> str:
     return f"{value / scale:,.3g} {prefix}{unit}/s"
 
 
+def short_reason(peer: dict) -> str:
+    """Why a peer has no time, for a cell of a table: "absent", "wrong output" or "does not run here"."""
+    return (peer.get("refused") or "not timed").split(":")[0].split(" (")[0]
+
+
 def to_json(value: Any) -> str:
     """With five significant digits, which is more than any measurement here has."""
     return json.dumps(json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}")))
