@@ -312,7 +312,7 @@ def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: li
         for name, stock in cells.models(names):
             for dtype, batch in itertools.product(args.dtype, args.batch):
                 cell = cells.Cell(name, batch, dtype, device)
-                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update, args.precision)
+                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update, args.precision, args.seconds)
                 print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
                 found["cells"].append(cells.to_dict(cell, results))
                 write_json(args.json, found)  # what is measured stays, whatever happens later
@@ -378,25 +378,26 @@ def _fraction(text: str) -> float:
     return value
 
 
-_BENCH_TEXT = f"""\
+_BENCH_TEXT = """\
 Times this package's model against others: torchvision's, eager and eager in channels_last, torch.compile and
 torch.compile with freezing (both in channels_last); with --peers also OpenVINO, ONNX Runtime and ncnn on a CPU,
 TensorRT and JAX on CUDA, as far as they are installed. All have the same random weights and as many threads, and run
 in one process in turn, so that a slow minute hits all alike. Before it is timed, every output is compared with a
 float64 run of torchvision's model ("error": RMS of the difference over RMS of the output); a wrong one is refused.
 
-time / ours  the median of the ratios of the single rounds: 2.00 takes twice as long as resnet_fast; with half the
-             width of its 95 % interval, from 6 rounds on
+time / ours  the ratio of the medians: 2.00 takes twice as long as resnet_fast; with half the width of its 95 %
+             interval, from 6 samples on
 of bound     the least time that this machine's measured arithmetic and memory allow, over the time
              (counted in direct convolutions: a Winograd kernel may pass 1)
 ready s      seconds to convert or compile and to make the first call
 peak MB      largest resident memory during calls, of a process in which the peer is alone (with Python and torch)
 
-Before each sample a peer runs untimed for 60 ms: with its weights in the caches and the other peers' threads asleep
+In a round resnet_fast, whose noise is in every ratio, runs before each of the others. Before each sample a peer whose
+call takes less than 0.15 s runs untimed for 60 ms: with its weights in the caches and the other peers' threads asleep
 it takes as long as alone in a process. A sample during which the system switched a thread out is dropped and counted.
 
-A peer that has used up {cells.SECONDS_PER_PEER:.0f} s in a cell and has 3 samples sits out the remaining rounds:
-torch's bfloat16 convolutions take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
+A peer with 3 samples that has used up --seconds sits out the remaining rounds: torch's bfloat16 convolutions take
+seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
 
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
@@ -449,8 +450,11 @@ Without a network the weights cannot be downloaded: then random ones are used an
     dtypes = "default: float32 bfloat16"
     p.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help=dtypes)
     p.add_argument("--device", **device)
-    p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples of each (default: 20)")
-    text = f"go on until every ratio is known to this, such as 0.03, or {cells.MOST} times the rounds are done"
+    p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples of each peer (default: 20)")
+    seconds = cells.SECONDS_PER_PEER
+    text = f"seconds of samples after which a peer sits out (default: {seconds:.0f})"
+    p.add_argument("--seconds", type=_positive, default=seconds, metavar="S", help=text)
+    text = f"go on until every ratio is known to this, such as 0.03, or {cells.MOST} times the rounds or seconds"
     p.add_argument("--precision", type=_fraction, default=math.inf, metavar="P", help=text)
     p.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU (default: torch's)")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")

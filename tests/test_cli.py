@@ -160,6 +160,7 @@ def bad_files(tmp_path, monkeypatch):
         (["explain", "resnet18", "--dtype", "int8"], "int8"),
         (["bench", "resnet18", "resnet19"], "unknown model 'resnet19'"),
         (["bench", "--rounds", "0"], "at least 1, got '0'"),
+        (["bench", "--seconds", "0"], "at least 1, got '0'"),
         (["bench", "--batch", "x"], "at least 1, got 'x'"),
         (["bench", "--precision", "3"], "a fraction between 0 and 1, got '3'"),
         (["bench", "resnet18", "--json", "no/such/folder.json"], "no/such/folder.json: No such file or directory"),
@@ -217,10 +218,10 @@ def test_bench(capsys, tmp_path):
     (cell,) = found["cells"]
     assert (cell["model"], cell["batch"], cell["dtype"], cell["device"]) == ("resnet18", 1, "float32", "cpu")
     assert set(cell["peers"]) == {OURS, "torch", "torch channels_last"}
-    for peer in cell["peers"].values():
+    for name, peer in cell["peers"].items():
         assert peer["refused"] is None
         assert peer["relative_rms"] < 1e-4
-        assert len(peer["samples_ms"]) + peer["dropped"] == 2
+        assert len(peer["samples_ms"]) + peer["dropped"] == (4 if name == OURS else 2)  # ours before each of the others
 
 
 def test_bench_says_what_moved(capsys, tmp_path):
@@ -306,20 +307,35 @@ def test_interleaved_order():
     calls, ticks = [], []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     timings = interleaved(functions, 4, ticks.append)
-    assert calls == [*"aabbcc", *"abc", *"bca", *"cab", *"abc"]  # warm-up, then the rounds
-    assert ticks == [1] * 12
-    for timing in timings.values():
-        assert len(timing.samples) == len(timing.rounds) == 4 - timing.dropped
-        assert len(timing.samples) >= 2 and min(timing.samples) >= 0
+    # Warm-up, then the rounds: the first before each of the others.
+    assert calls == [*"aabbcc", *"abac", *"acab", *"abac", *"acab"]
+    assert sum(ticks) == 12
+    for timing, n in zip(timings.values(), (8, 4, 4), strict=True):
+        assert len(timing.samples) + timing.dropped == n
+        assert len(timing.samples) >= n / 2 and min(timing.samples) >= 0
+
+
+def test_interleaved_of_one_and_of_none():
+    calls = []
+    assert interleaved({}, 3) == {}
+    alone = interleaved({"a": lambda: calls.append("a")}, 3)["a"]
+    assert len(calls) == 2 + 3 and len(alone.samples) + alone.dropped == 3
 
 
 def test_interleaved_budget():
     calls = []
     functions = {"slow": lambda: (calls.append("slow"), time.sleep(0.01)), "fast": lambda: calls.append("fast")}
-    timings = interleaved(functions, 10, budget=0.005)
+    ticks = []
+    functions = {"first": lambda: calls.append("first"), **functions}
+    timings = interleaved(functions, 10, ticks.append, budget=0.005)
     assert calls.count("slow") == 2 + 3  # the warm-up and the least number of samples
     assert calls.count("fast") == 2 + 10
+    assert calls.count("first") == 2 + 3 + 10  # before each of the others
+    assert sum(ticks) == 30
     assert timings["slow"].median >= 0.01
+    calls.clear()
+    interleaved({"slow": functions["slow"]}, 10, budget=0.005)
+    assert calls.count("slow") == 2 + 3
 
 
 def test_interleaved_warms_up_before_each_sample():
@@ -331,6 +347,15 @@ def test_interleaved_warms_up_before_each_sample():
     assert all(len(t.samples) + t.dropped == 3 for t in timings.values())
 
 
+def test_interleaved_does_not_warm_up_a_long_call(monkeypatch):
+    from resnet_fast import measure
+
+    monkeypatch.setattr(measure, "_WARM_UP_BELOW", 0.01)
+    calls = []
+    interleaved({"long": lambda: (calls.append("long"), time.sleep(0.02))}, 3, warm=0.1)
+    assert len(calls) == 1 + 3
+
+
 def test_interleaved_drops_disturbed_samples(monkeypatch):
     from resnet_fast import measure
 
@@ -339,19 +364,17 @@ def test_interleaved_drops_disturbed_samples(monkeypatch):
         monkeypatch.setattr(measure, "_time", lambda function: next(later))
         return interleaved({"f": lambda: None}, len(samples))["f"]
 
-    assert times([(1.0, False), (9.0, True), (3.0, False)]) == Timing((1.0, 3.0), (0, 2), 1)
-    assert times([(1.0, True), (9.0, True), (3.0, False)]) == Timing((1.0, 9.0, 3.0), (0, 1, 2), 0)
+    assert times([(1.0, False), (9.0, True), (3.0, False)]) == Timing((1.0, 3.0), 1)
+    assert times([(1.0, True), (9.0, True), (3.0, False)]) == Timing((1.0, 9.0, 3.0), 0)
 
 
-def test_ratio_error_is_that_of_a_median():
-    ones = Timing((1.0,) * 100, tuple(range(100)))
-    spread = Timing(tuple(1 + i / 100 for i in range(100)), tuple(range(100)))
+def test_median_error():
+    spread = Timing(tuple(1 + i / 100 for i in range(100)))
     # The 95 % interval of the median of 100 values goes from the 41st to the 60th: ranks 40 and 59 from 0.
-    assert ratio_error(spread, ones) == pytest.approx((1.59 - 1.40) / 2 / 1.495)
-    assert ratio_error(ones, ones) == 0
-    six = Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), tuple(range(6)))
-    assert ratio_error(six, Timing((1.0,) * 6, tuple(range(6)))) == pytest.approx(2.5 / 3.5)
-    assert ratio_error(Timing((1.0,) * 5, tuple(range(5))), ones) == float("inf")
+    assert spread.median_error == pytest.approx((1.59 - 1.40) / 2 / 1.495)
+    assert Timing((6.0, 2.0, 3.0, 4.0, 5.0, 1.0)).median_error == pytest.approx(2.5 / 3.5)
+    assert Timing((1.0,) * 6).median_error == 0
+    assert Timing((1.0,) * 5).median_error == float("inf")
 
 
 def test_interleaved_goes_on_until_ratios_are_known(monkeypatch):
@@ -379,14 +402,18 @@ def test_interleaved_bad_rounds():
 
 
 def test_timing():
-    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0), tuple(range(6)))
+    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0))
     assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
-    one = Timing((2.0,), (0,))
+    one = Timing((2.0,))
     assert (one.p20, one.median, one.p80) == (2.0, 2.0, 2.0)
 
 
 def test_ratio():
-    a = Timing((2.0, 30.0, 4.0), (0, 1, 3))
-    b = Timing((1.0, 10.0, 100.0, 1.0), (0, 1, 2, 3))
-    assert ratio(a, b) == 3  # of 2, 3 and 4
-    assert ratio(Timing((6.0,), (0,)), Timing((2.0,), (1,))) == 3
+    a, b = Timing((2.0, 30.0, 4.0, 4.0)), Timing((1.0, 2.0, 100.0))
+    assert ratio(a, b) == 2
+    assert ratio_error(a, b) == float("inf")  # too few samples
+    long = Timing(tuple(1 + i / 100 for i in range(100)))
+    other = Timing((3.0,) * 6)
+    assert ratio_error(long, long) == 0
+    assert ratio_error(long, other) == ratio_error(other, long) == long.median_error
+    assert ratio_error(long, Timing(long.samples)) == pytest.approx(2**0.5 * long.median_error)

@@ -76,7 +76,7 @@ class Result:
         facts |= {"images_per_s": cell.batch / t.median} | cell.bound().figures(t.median)
         if ours is not None:
             facts |= {"time_over_ours": ratio(t, ours), "time_over_ours_error": _finite(ratio_error(t, ours))}
-        return facts | {"samples_ms": [1e3 * s for s in t.samples], "rounds": t.rounds, "dropped": t.dropped}
+        return facts | {"samples_ms": [round(1e3 * s, 3) for s in t.samples], "dropped": t.dropped}
 
 
 def _finite(value: float) -> float | None:
@@ -145,10 +145,12 @@ def run(
     with_memory: bool,
     bar: Callable[[int], object],
     precision: float = math.inf,
+    seconds: float = SECONDS_PER_PEER,
 ) -> dict[str, Result]:
-    """Checks and times every peer. stock: torchvision's model, float32 on the CPU; bar: called with 1 a sample.
+    """Checks and times every peer. stock: torchvision's model, float32 on the CPU; bar: told of every sample.
 
-    precision: goes on, up to MOST times the rounds and seconds, until every ratio to ours is known to that (95 %).
+    seconds: of samples of a peer, after which it sits out; precision: goes on, up to MOST times the rounds and seconds,
+    until every ratio to ours is known to that (95 %).
     """
     torch._dynamo.reset()  # the batch of the last cell would make this one's graphs dynamic
     shared, reference = subject(cell, stock)
@@ -162,7 +164,7 @@ def run(
             calls[name] = call
     most = MOST if math.isfinite(precision) else 1
     warm = _WARM if cell.device == "cpu" else 0.0
-    timings = interleaved(calls, rounds, bar, most * SECONDS_PER_PEER, warm, precision, most * rounds)
+    timings = interleaved(calls, rounds, bar, most * seconds, warm, precision, most * rounds)
     for name, timing in timings.items():
         results[name].timing = timing
     calls.clear()
