@@ -307,17 +307,22 @@ def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: li
     """Fills found["cells"]; whether this package's outputs were right in all of them."""
     from torch.hub import tqdm  # works without the package tqdm
 
-    right, memory = True, args.memory if args.memory is not None else args.peers is not None
-    with tqdm(total=len(names) * len(args.dtype) * len(args.batch) * len(chosen) * args.rounds, unit="call") as bar:
-        for name, stock in cells.models(names):
-            for dtype, batch in itertools.product(args.dtype, args.batch):
-                cell = cells.Cell(name, batch, dtype, device)
-                results = cells.run(cell, stock, chosen, args.rounds, memory, bar.update, args.precision, args.seconds)
-                print(f"\n{cell}\n{cells.to_text(cell, results)}", flush=True)
-                found["cells"].append(cells.to_dict(cell, results))
-                write_json(args.json, found)  # what is measured stays, whatever happens later
-                right &= not results[OURS].refused
-    return right
+    memory = args.memory if args.memory is not None else args.peers is not None
+    done: dict[cells.Cell, dict[str, cells.Result]] = {}
+    calls = args.passes * len(names) * len(args.dtype) * len(args.batch) * len(chosen) * args.rounds
+    with tqdm(total=calls, unit="call") as bar:
+        for i in range(args.passes):
+            for name, stock in cells.models(names):
+                for dtype, batch in itertools.product(args.dtype, args.batch):
+                    cell = cells.Cell(name, batch, dtype, device)
+                    options = (memory and i == 0, bar.update, args.precision, args.seconds)
+                    results = cells.run(cell, stock, chosen, args.rounds, *options)
+                    done[cell] = cells.add(done[cell], results) if cell in done else results
+                    if i == args.passes - 1:
+                        print(f"\n{cell}\n{cells.to_text(cell, done[cell])}", flush=True)
+                    found["cells"] = [cells.to_dict(cell, results) for cell, results in done.items()]
+                    write_json(args.json, found)  # what is measured stays, whatever happens later
+    return not any(results[OURS].refused for results in done.values())
 
 
 # report
@@ -385,8 +390,8 @@ TensorRT and JAX on CUDA, as far as they are installed. All have the same random
 in one process in turn, so that a slow minute hits all alike. Before it is timed, every output is compared with a
 float64 run of torchvision's model ("error": RMS of the difference over RMS of the output); a wrong one is refused.
 
-time / ours  the ratio of the medians: 2.00 takes twice as long as resnet_fast; with half the width of its 95 %
-             interval, from 6 samples on
+time / ours  the ratio of the means without the fastest and slowest tenth: 2.00 takes twice as long as resnet_fast;
+             with half the width of its 95 % interval, from 6 samples on
 of bound     the least time that this machine's measured arithmetic and memory allow, over the time
              (counted in direct convolutions: a Winograd kernel may pass 1)
 ready s      seconds to convert or compile and to make the first call
@@ -396,8 +401,8 @@ In a round resnet_fast, whose noise is in every ratio, runs before each of the o
 call takes less than 0.15 s runs untimed for 60 ms: with its weights in the caches and the other peers' threads asleep
 it takes as long as alone in a process. A sample during which the system switched a thread out is dropped and counted.
 
-A peer with 3 samples that has used up --seconds sits out the remaining rounds: torch's bfloat16 convolutions take
-seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
+A peer with 3 samples that has used up --seconds sits out the other rounds of the pass: torch's bfloat16 convolutions
+take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
 
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
@@ -450,9 +455,13 @@ Without a network the weights cannot be downloaded: then random ones are used an
     dtypes = "default: float32 bfloat16"
     p.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help=dtypes)
     p.add_argument("--device", **device)
-    p.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples of each peer (default: 20)")
+    p.add_argument(
+        "--rounds", type=_positive, default=20, metavar="N", help="samples of each peer in a pass (default: 20)"
+    )
+    text = "go through the whole table N times, every engine made anew, so that samples lie far apart (default: 1)"
+    p.add_argument("--passes", type=_positive, default=1, metavar="N", help=text)
     seconds = cells.SECONDS_PER_PEER
-    text = f"seconds of samples after which a peer sits out (default: {seconds:.0f})"
+    text = f"seconds of samples after which a peer sits out a pass (default: {seconds:.0f})"
     p.add_argument("--seconds", type=_positive, default=seconds, metavar="S", help=text)
     text = f"go on until every ratio is known to this, such as 0.03, or {cells.MOST} times the rounds or seconds"
     p.add_argument("--precision", type=_fraction, default=math.inf, metavar="P", help=text)

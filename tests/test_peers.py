@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from resnet_fast.bench import cells, compare, memory
-from resnet_fast.bench.cells import DTYPES, Cell
+from resnet_fast.bench.cells import DTYPES, Cell, Result
 from resnet_fast.bench.peers import OURS, PEERS, Peer, Prepared, peers
-from resnet_fast.measure import relative_rms
+from resnet_fast.measure import Timing, relative_rms
 
 pytest.importorskip("torchvision")
 
@@ -120,6 +120,18 @@ def test_a_cell_refuses_wrong_outputs_in_words_and_times_the_rest(stock):
         "refused": "absent: no_such_engine not installed", "note": None, "relative_rms": None, "prepare_s": None,
         "first_call_s": None,
     }  # fmt: skip
+
+
+def test_adding_a_pass():
+    ours, other = CPU_PEERS[OURS], Peer("other", "cpu", lambda subject: None)
+    one = {"a": Result(ours, "note", error=1e-6, prepare_s=1.0, timing=Timing((1.0, 2.0), 1), memory={"mb": 2.0})}
+    two = {"a": Result(ours, "note", error=2e-6, prepare_s=9.0, timing=Timing((3.0,), 2))}
+    assert cells.add(one, two) == {
+        "a": Result(ours, "note", error=2e-6, prepare_s=1.0, timing=Timing((1.0, 2.0, 3.0), 3), memory={"mb": 2.0})
+    }
+    good, bad = {"a": Result(other, error=0.0, timing=Timing((1.0,)))}, {"a": Result(other, refused="wrong output")}
+    for sum_ in (cells.add(good, bad), cells.add(bad, good)):
+        assert sum_["a"].refused == "wrong output" and sum_["a"].timing is None
 
 
 def test_a_reference_without_spread_is_an_error(stock):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,20 @@ def run(
         for name in timings:
             _measure_memory(results[name], shared)
     return results
+
+
+def add(results: dict[str, Result], later: dict[str, Result]) -> dict[str, Result]:
+    """One cell's results with the samples of a later pass; a peer that failed in either is refused, the larger error
+    stands."""
+    together = {}
+    for name, first in results.items():
+        second = later[name]
+        refused = first.refused or second.refused
+        if refused:
+            together[name] = replace(first, refused=refused, timing=None)
+        else:
+            together[name] = replace(first, error=max(first.error, second.error), timing=first.timing + second.timing)
+    return together
 
 
 def _measure_memory(result: Result, subject: Subject) -> None:
