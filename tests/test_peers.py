@@ -122,6 +122,14 @@ def test_a_cell_refuses_wrong_outputs_in_words_and_times_the_rest(stock):
     }  # fmt: skip
 
 
+def test_a_peer_that_has_used_up_its_seconds_sits_out(stock):
+    other, _ = fake("other", lambda s: s.stock()(s.images))
+    cell = Cell("resnet18", 1, "float32", "cpu")
+    results = cells.run(cell, stock, [CPU_PEERS[OURS], other], 8, False, lambda n: None, seconds=1e-9)
+    timing = results["other"].timing
+    assert len(timing.samples) + timing.dropped == 3
+
+
 def test_adding_a_pass():
     ours, other = CPU_PEERS[OURS], Peer("other", "cpu", lambda subject: None)
     one = {"a": Result(ours, "note", error=1e-6, prepare_s=1.0, timing=Timing((1.0, 2.0), 1), memory={"mb": 2.0})}
