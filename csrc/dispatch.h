@@ -25,6 +25,10 @@ inline torch::stable::Tensor add(const torch::stable::Tensor& a, const torch::st
   return torch::stable::subtract(a, b, -1.0);
 }
 
+inline torch::stable::Tensor to_dtype(const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
 // `t` with the strides of a fresh channels_last tensor, also where a dimension of 1 leaves them open: what the
 // operator's fake promises.
 inline torch::stable::Tensor with_exact_strides(const torch::stable::Tensor& t) {

@@ -55,15 +55,27 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("add_relu(Tensor a, Tensor b) -> Tensor");
 
   m.def("_add_relu_cpu(Tensor a, Tensor b) -> Tensor");
-  m.def(
-      "_conv_bn_relu_cpu(Tensor input, Tensor packed_weight, Tensor folded_bias, Tensor? residual, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor");
   m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
   m.def(
       "_conv_bn_relu_cuda(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, float eps, bool relu) -> Tensor");
+  // relu(conv2d(input, weight, bias) + residual) on the CPU, the weight packed before
+  m.def(
+      "_conv_onednn(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool relu) -> Tensor");
   m.def("_pack_few_channels(Tensor weight) -> Tensor");
+  m.def(
+      "_conv_few_channels(Tensor input, Tensor packed_weight, Tensor bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool relu) -> Tensor");
+  m.def("_pack_gemm(Tensor weight, int groups) -> Tensor");
+  m.def("_pack_winograd(Tensor weight, int tile) -> Tensor");
+  m.def(
+      "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool relu) -> Tensor");
+  m.def(
+      "_conv_winograd(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] padding, bool relu) "
+      "-> (Tensor, bool)");
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
   m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
@@ -80,15 +92,19 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_add_relu_cpu", TORCH_BOX(&resnet_fast::add_relu_cpu));
-  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_few_channels));
   m.impl("_pack_few_channels", TORCH_BOX(&resnet_fast::pack_few_channels));
+  m.impl("_conv_few_channels", TORCH_BOX(&resnet_fast::conv_few_channels));
+  m.impl("_pack_gemm", TORCH_BOX(&resnet_fast::pack_gemm));
+  m.impl("_pack_winograd", TORCH_BOX(&resnet_fast::pack_winograd));
+  m.impl("_conv_gemm", TORCH_BOX(&resnet_fast::conv_gemm));
+  m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));
   m.impl("_fingerprint_matches", TORCH_BOX(&resnet_fast::fingerprint_matches));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, MkldnnCPU, m) {  // the key of a packed weight
-  m.impl("_conv_bn_relu_cpu", TORCH_BOX(&resnet_fast::conv_bn_relu_onednn));
+  m.impl("_conv_onednn", TORCH_BOX(&resnet_fast::conv_onednn));
 }
 
 // Importing resnet_fast._C only loads the library; the static initialisers above do the registration.

@@ -99,13 +99,16 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
 
 
 def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
-    """The kernel in words, for `explain` and the log; a convolution that `has_few_channels` gets another."""
+    """The kernel in words, for `explain` and the log."""
     if backend == "reference":
         return "torch"
     if backend == "cpu":
         if operator == "add_relu":
             return f"C++ {cpu_level()}"
-        return "oneDNN" if onednn_runs(dtype) else "oneDNN in float32"
+        if dtype != torch.float32 and onednn_runs(dtype):
+            return "oneDNN"
+        in_float32 = "" if dtype == torch.float32 else " in float32"
+        return f"C++ {cpu_level()}{in_float32} (groups: oneDNN)"
     if backend == "cuda":
         return "cuDNN (large maps: Triton)" if operator == "conv_bn_relu" else "CUDA C++"
     return "Triton"
@@ -147,17 +150,76 @@ def choose_for_large(elements: int) -> str:
     return "triton" if _triton_takes_cuda() else "reference"
 
 
-def has_few_channels(weight: Tensor, groups: int, dtype: torch.dtype) -> bool:
-    """Whether our own kernel (csrc/cpu/kernels/conv_few_channels.cpp) computes a convolution instead of oneDNN.
+@dataclass(frozen=True)
+class ConvKernel:
+    """Which kernel computes a convolution on the CPU.
 
-    weight [K, C / groups, R, S]. Measured against oneDNN in float32 on 2 Zen 3 cores: 1.2-1.5 times as fast for the
-    7x7 stem with 1 to 4 channels, 1.2-2 times for 3x3 on 32x32 images; 0.8 times with 8 filters (half a block is
+    ``name`` is "few channels", "gemm", "winograd" (C++, csrc/cpu/) or "onednn"; ``tile`` is the width of Winograd's
+    output tiles.
+    """
+
+    name: str
+    tile: int = 0
+
+    def __str__(self) -> str:
+        return f"Winograd F({self.tile},3)" if self.tile else self.name
+
+
+# A weight that comes from memory costs as much as this many multiplications with it (4 bytes at 20-28 GB/s against
+# 98e9 multiply-adds a second on 2 Zen 3 cores, half of it hidden by prefetching). Predicts the fastest tile of every
+# 3x3 layer of ResNet-18 at batch 1 and 8.
+_STREAMING = 10
+# Vector operations of Winograd's transforms, for a value of an input tile and for a product, in multiplications.
+_INPUT_TRANSFORM, _OUTPUT_TRANSFORM = 10, 7
+
+
+def _winograd_cost(tile: int, outputs: Sequence[int], channels: int, filters: int) -> float:
+    """Time of Winograd's algorithm per channel and filter, in multiplications; outputs [N, P, Q]."""
+    n, p, q = outputs
+    tiles = n * -(-p // tile) * -(-q // tile)
+    transforms = _INPUT_TRANSFORM / filters + _OUTPUT_TRANSFORM / channels
+    return (tile + 2) ** 2 * (tiles * (1 + transforms) + _STREAMING)
+
+
+def choose_conv_on_cpu(
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    has_residual: bool,
+    dtype: torch.dtype,
+) -> ConvKernel:
+    """The kernel for a convolution that `choose` has sent to the backend "cpu".
+
+    input_size [N, C, H, W], weight_size [K, C / groups, R, S], output_size [N, K, P, Q]. ``dtype`` is the activations'.
+    """
+    k, c, r, s = weight_size
+    if dtype != torch.float32 and onednn_runs(dtype):
+        return ConvKernel("onednn")  # ours compute in float32
+    if not has_residual and has_few_channels(weight_size, groups):
+        return ConvKernel("few channels")
+    if groups > 1:
+        return ConvKernel("onednn")
+    if r == s == 3 and max(*stride, *dilation) == 1:
+        n, _, p, q = output_size
+        costs = {tile: _winograd_cost(tile, (n, p, q), c, k) for tile in (4, 5, 2)}
+        tile = min(costs, key=costs.get)
+        if costs[tile] < 9 * (n * p * q + _STREAMING):
+            return ConvKernel("winograd", tile)
+    return ConvKernel("gemm")
+
+
+def has_few_channels(weight_size: Sequence[int], groups: int) -> bool:
+    """Whether csrc/cpu/kernels/conv_few_channels.cpp is the fastest kernel.
+
+    weight_size [K, C / groups, R, S]. Measured against oneDNN in float32 on 2 Zen 3 cores: 1.2-1.5 times as fast for
+    the 7x7 stem with 1 to 4 channels, 1.2-2 times for 3x3 on 32x32 images; 0.8 times with 8 filters (half a block is
     zeros), 0.96 times with 768 taps (a block of filters outgrows the L1 cache).
     """
-    k, c, r, s = weight.shape
-    return (
-        c <= 4 and k >= 16 and c * r * s <= 256 and groups == 1 and not (dtype != torch.float32 and onednn_runs(dtype))
-    )
+    k, c, r, s = weight_size
+    return c <= 4 and k >= 16 and c * r * s <= 256 and groups == 1
 
 
 @cache

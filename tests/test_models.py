@@ -448,8 +448,7 @@ def test_explain_names_every_block(both):
     report = resnet_fast.explain(both[0])
     assert [b.name for b in report.blocks] == ["stem", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2))]
     assert "9 of 9 blocks fused" in str(report)
-    kernels = [b["kernel"] for b in report.to_dict()["blocks"]]
-    assert kernels[0].startswith("C++") and set(kernels[1:]) == {"oneDNN"}
+    assert all(b["kernel"].startswith("C++") for b in report.to_dict()["blocks"])
     assert "No block of resnet_fast" in str(resnet_fast.explain(both[1]))
     with resnet_fast.use_backend("reference"):
         assert not any(fused(both[0]))

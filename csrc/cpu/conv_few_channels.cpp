@@ -6,8 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "levels.h"
-#include "ops.h"
+#include "conv.h"
 
 namespace resnet_fast {
 namespace {
@@ -15,22 +14,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Shape {
-  int64_t n, c, h, w;  // input
-  int64_t k, r, s;     // filters, kernel
-  int64_t p, q;        // output
-  std::vector<int64_t> stride, padding, dilation;
-
-  int64_t row_length() const { return w + 2 * padding[1]; }
-};
+int64_t row_length(const ConvShape& s) { return s.w + 2 * s.padding[1]; }
 
 // Copies row `y` of image `n` into `out`, [C][row_length], whose padding is zero already.
-void copy_row(const Tensor& x, const Shape& shape, int64_t n, int64_t y, float* out) {
+void copy_row(const Tensor& x, const ConvShape& shape, int64_t n, int64_t y, float* out) {
   const float* row = static_cast<const float*>(x.const_data_ptr()) + n * x.stride(0) + y * x.stride(2);
   const int64_t channel_stride = x.stride(1), step = x.stride(3);
   for (int64_t c = 0; c < shape.c; ++c) {
     const float* from = row + c * channel_stride;
-    float* to = out + c * shape.row_length() + shape.padding[1];
+    float* to = out + c * row_length(shape) + shape.padding[1];
     if (step == 1) {
       std::memcpy(to, from, shape.w * sizeof(float));
     } else {
@@ -40,8 +32,8 @@ void copy_row(const Tensor& x, const Shape& shape, int64_t n, int64_t y, float* 
 }
 
 // Output rows [begin, end) of all n * p.
-void conv_rows(const Tensor& x, const Shape& shape, ConvRow row, float* output, int64_t begin, int64_t end) {
-  const int64_t row_size = shape.c * shape.row_length();
+void conv_rows(const Tensor& x, const ConvShape& shape, ConvRow row, float* output, int64_t begin, int64_t end) {
+  const int64_t row_size = shape.c * row_length(shape);
   std::vector<float> rows(shape.r * row_size);
   const float* weight = row.weight;
   const int64_t* offsets = row.offsets;
@@ -81,58 +73,44 @@ Tensor pack_few_channels(const Tensor& weight) {  // [K, C, R, S]
   return packed;
 }
 
-Tensor conv_few_channels(const Tensor& input,          // [N, C, H, W], float32, any strides
+Tensor conv_few_channels(const Tensor& input,          // [N, C, H, W], any strides
                          const Tensor& packed_weight,  // from pack_few_channels
-                         const Tensor& bias,           // [K]
-                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                         const std::vector<int64_t>& dilation, bool relu) {
+                         const Tensor& bias,           // [K], float32
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                         bool relu) {
   const int64_t block = kernels().conv_block;
-  Shape shape{input.size(0),
-              input.size(1),
-              input.size(2),
-              input.size(3),
-              bias.size(0),
-              packed_weight.size(1),
-              packed_weight.size(2),
-              0,
-              0,
-              stride,
-              padding,
-              dilation};
-  STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == (shape.k + block - 1) / block &&
-                      packed_weight.size(3) == shape.c && packed_weight.size(4) == block,
+  const ConvShape s =
+      conv_shape(input, bias, packed_weight.size(1), packed_weight.size(2), stride, padding, dilation, 1);
+  STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == (s.k + block - 1) / block &&
+                      packed_weight.size(3) == s.c && packed_weight.size(4) == block,
                   "packed_weight must come from _pack_few_channels and have the input's channels");
-  const auto extent = [&](int64_t size, int64_t kernel, int d) {
-    return (size + 2 * padding[d] - dilation[d] * (kernel - 1) - 1) / stride[d] + 1;
-  };
-  shape.p = extent(shape.h, shape.r, 0);
-  shape.q = extent(shape.w, shape.s, 1);
-  Tensor out = torch::stable::empty({shape.n, shape.k, shape.p, shape.q}, ScalarType::Float, std::nullopt, std::nullopt,
-                                    std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor x = to_dtype(input, ScalarType::Float);
+  Tensor out = torch::stable::empty({s.n, s.k, s.p, s.q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                                    torch::headeronly::MemoryFormat::ChannelsLast);
 
   std::vector<float> padded_bias(packed_weight.size(0) * block);
-  std::memcpy(padded_bias.data(), bias.const_data_ptr(), shape.k * sizeof(float));
+  std::memcpy(padded_bias.data(), bias.const_data_ptr(), s.k * sizeof(float));
   std::vector<int64_t> offsets;
-  for (int64_t r = 0; r < shape.r; ++r)
-    for (int64_t s = 0; s < shape.s; ++s)
-      for (int64_t c = 0; c < shape.c; ++c) offsets.push_back((r * shape.c + c) * shape.row_length() + s * dilation[1]);
+  for (int64_t r = 0; r < s.r; ++r)
+    for (int64_t t = 0; t < s.s; ++t)
+      for (int64_t c = 0; c < s.c; ++c) offsets.push_back((r * s.c + c) * row_length(s) + t * dilation[1]);
 
   ConvRow row{};
   row.offsets = offsets.data();
   row.pixel_step = stride[1];
   row.weight = static_cast<const float*>(packed_weight.const_data_ptr());
-  row.block_stride = shape.r * shape.s * shape.c * block;
+  row.block_stride = s.r * s.s * s.c * block;
   row.bias = padded_bias.data();
-  row.pixels = shape.q;
-  row.filters = shape.k;
+  row.pixels = s.q;
+  row.filters = s.k;
   row.relu = relu;
   float* output = static_cast<float*>(out.mutable_data_ptr());
   // Less than 2^18 multiplications (6 us at the 90 GFLOP/s that one Zen 3 core reaches) is not worth a second thread.
-  const int64_t work = shape.q * shape.k * shape.r * shape.s * shape.c;
+  const int64_t work = s.q * s.k * s.r * s.s * s.c;
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, shape.n * shape.p, grain,
-                              [&](int64_t begin, int64_t end) { conv_rows(input, shape, row, output, begin, end); });
-  return out;
+  torch::stable::parallel_for(0, s.n * s.p, grain,
+                              [&](int64_t begin, int64_t end) { conv_rows(x, s, row, output, begin, end); });
+  return with_exact_strides(to_dtype(out, input.scalar_type()));
 }
 
 }  // namespace resnet_fast

@@ -8,6 +8,20 @@
 #include "ops.h"
 
 namespace resnet_fast {
+
+// Kernels table() of each level.
+#define RESNET_FAST_ADDRESS(result, name, arguments) name,
+#define RESNET_FAST_VALUE(name) name,
+#define RESNET_FAST_TABLE(level)                                                                      \
+  namespace level {                                                                                   \
+  static Kernels table() { return {RESNET_FAST_LEVEL_LIST(RESNET_FAST_ADDRESS, RESNET_FAST_VALUE)}; } \
+  }
+RESNET_FAST_TABLE(portable)
+#if defined(__x86_64__)
+RESNET_FAST_TABLE(avx2)
+RESNET_FAST_TABLE(avx512)
+#endif
+
 namespace {
 
 struct Level {
@@ -16,25 +30,20 @@ struct Level {
   Kernels kernels;
 };
 
-#define RESNET_FAST_KERNELS(level)                                                         \
-  {level::add_relu_f32,  level::add_relu_bf16, level::add_relu_f16,  level::all_finite_32, \
-   level::all_finite_16, level::conv_row_f32,  level::conv_block,    level::fma_f32,       \
-   level::fma_bf16,      level::fma_f32_flops, level::fma_bf16_flops}
-
 // From the least to the most demanding; the Python side (backends.py) has the same names in the same order.
 const Level levels[] = {
-    {"portable", [] { return true; }, RESNET_FAST_KERNELS(portable)},
+    {"portable", [] { return true; }, portable::table()},
 #if defined(__x86_64__)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     RESNET_FAST_KERNELS(avx2)},
+     avx2::table()},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("f16c");
      },
-     RESNET_FAST_KERNELS(avx512)},
+     avx512::table()},
 #endif
 };
 constexpr int64_t num_levels = sizeof(levels) / sizeof(levels[0]);

@@ -5,33 +5,42 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace resnet_fast {
 
 torch::stable::Tensor add_relu_cpu(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
 
-// relu(conv2d(input, weight, bias) + residual) with BatchNorm folded in and the weight packed: see conv_bn_relu.cpp.
-// The kind of packed weight decides the kernel: oneDNN's opaque layout, or what _pack_few_channels returns.
-torch::stable::Tensor conv_bn_relu_onednn(const torch::stable::Tensor& input,
-                                          const torch::stable::Tensor& packed_weight,
-                                          const torch::stable::Tensor& folded_bias,
-                                          const std::optional<torch::stable::Tensor>& residual,
-                                          std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                          std::vector<int64_t> dilation, int64_t groups, bool relu);
-torch::stable::Tensor conv_bn_relu_few_channels(const torch::stable::Tensor& input,
-                                                const torch::stable::Tensor& packed_weight,
-                                                const torch::stable::Tensor& folded_bias,
-                                                const std::optional<torch::stable::Tensor>& residual,
-                                                std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                                std::vector<int64_t> dilation, int64_t groups, bool relu);
+// relu(conv2d(input, weight, bias) + residual), [N, K, P, Q] in channels_last and input's dtype, with the weight in the
+// layout of the kernel. BatchNorm is folded into weight and bias before. `input` and `residual` may have any strides.
+torch::stable::Tensor conv_onednn(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                  const torch::stable::Tensor& bias,
+                                  const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> stride,
+                                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                                  bool relu);
 
-// [K, C, R, S] float32 in the layout of conv_few_channels, which depends on the instruction-set level.
+// One to four input channels, no groups.
 torch::stable::Tensor pack_few_channels(const torch::stable::Tensor& weight);
 torch::stable::Tensor conv_few_channels(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
-                                        const torch::stable::Tensor& bias, const std::vector<int64_t>& stride,
-                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                        bool relu);
+                                        const torch::stable::Tensor& bias, std::vector<int64_t> stride,
+                                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
+
+torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups);
+torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                const torch::stable::Tensor& bias, const std::optional<torch::stable::Tensor>& residual,
+                                std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                std::vector<int64_t> dilation, int64_t groups, bool relu);
+
+// 3x3, stride 1, no groups; `tile` is the width of the output tiles (2, 4 or 5). The second result is false if some
+// value of the first is not finite: then NaN and infinities may have spread over whole tiles, and another kernel must
+// compute the convolution.
+torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile);
+std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tensor& input,
+                                                      const torch::stable::Tensor& packed_weight,
+                                                      const torch::stable::Tensor& bias,
+                                                      const std::optional<torch::stable::Tensor>& residual,
+                                                      std::vector<int64_t> padding, bool relu);
 
 // True if no element is NaN or infinite. `input` must be dense (any order of dimensions).
 bool all_finite(const torch::stable::Tensor& input);

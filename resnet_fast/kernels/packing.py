@@ -1,8 +1,9 @@
-"""What conv_bn_relu on the CPU prepares once for the kernels that csrc/cpu/conv_bn_relu.cpp calls.
+"""What conv_bn_relu on the CPU prepares once for its kernels (csrc/cpu/), and the call of the one that is chosen.
 
-BatchNorm is folded into weight and bias in float32. For oneDNN's fused convolution the weight is reordered once per
-input shape into the blocked layout that oneDNN asks for (without that, oneDNN reorders it in every call: ResNet-18 at
-batch 1 takes 330 ms instead of 33 ms on 2 Zen 3 cores); for our own kernel of the first layer into blocks of filters.
+BatchNorm is folded into weight and bias in float32. Our own kernels take the weight in panels of filters, one layout
+for all input shapes; Winograd's algorithm takes it transformed. For oneDNN's fused convolution the weight is reordered
+once per input shape into the blocked layout that oneDNN asks for (without that, oneDNN reorders it in every call:
+ResNet-18 at batch 1 takes 330 ms instead of 33 ms on 2 Zen 3 cores).
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..choose import has_few_channels, onednn_runs
+from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
+
+_onednn = torch.ops.resnet_fast._conv_onednn.default
+_few_channels = torch.ops.resnet_fast._conv_few_channels.default
+_gemm = torch.ops.resnet_fast._conv_gemm.default
+_winograd = torch.ops.resnet_fast._conv_winograd.default
 
 # Input shapes whose packed weights are kept. Most share one layout and then one copy.
 _SHAPES_PER_WEIGHT = 8
@@ -32,6 +38,7 @@ class Geometry(NamedTuple):
 class Packed(NamedTuple):
     """What one input shape [N, C, H, W] needs."""
 
+    kernel: ConvKernel
     weight: Tensor  # as the kernel wants it
     output_size: torch.Size  # [N, K, P, Q]
 
@@ -81,38 +88,82 @@ class FoldedConv:
     bias: Tensor  # [K], in dtype
     dtype: torch.dtype  # what is computed in
     geometry: Geometry
-    few_channels: bool  # whether our own kernel runs instead of oneDNN
+    has_residual: bool
     usable: bool
     packed: OrderedDict[torch.Size, Packed] = field(default_factory=OrderedDict)  # by input shape
+    direct: Tensor | None = None  # for _conv_gemm, once Winograd's algorithm has met values that are not finite
 
     @classmethod
     def make(cls, dtype: torch.dtype, geometry: Geometry, has_residual: bool, *parameters) -> FoldedConv:
         """``parameters`` as `fold` takes them; ``dtype`` is that of the activations."""
         weight, bias = fold(*parameters)
-        few_channels = not has_residual and has_few_channels(weight, geometry.groups, dtype)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
         dtype = _compute_dtype(weight, dtype)
-        return cls(bias.to(dtype), dtype, geometry, few_channels, usable)
+        return cls(bias.to(dtype), dtype, geometry, has_residual, usable)
 
     def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> None:
         """Packs the weight for inputs of this shape, if it is not yet; ``parameters`` as `fold` takes them."""
         if input_shape in self.packed:
             return
-        if self.few_channels and self.packed:  # one layout for all shapes
-            weight = next(iter(self.packed.values())).weight
-        elif self.few_channels:
-            weight = torch.ops.resnet_fast._pack_few_channels(fold(*parameters)[0].contiguous())
-        else:
-            weight = self._in_onednn_layout(fold(*parameters)[0].to(self.dtype), input_shape)
-        self.packed[input_shape] = Packed(weight, torch.Size(output_size))
+        stride, _, dilation, groups = self.geometry
+        weight_size = parameters[0].shape
+        kernel = choose_conv_on_cpu(
+            input_shape, weight_size, output_size, stride, dilation, groups, self.has_residual, self.dtype
+        )
+        self.packed[input_shape] = Packed(
+            kernel, self._weight(kernel, input_shape, parameters), torch.Size(output_size)
+        )
         if len(self.packed) > _SHAPES_PER_WEIGHT:
             self.packed.pop(next(iter(self.packed)), None)
+
+    def pack_direct(self, *parameters) -> None:
+        """Packs the weight for `_conv_gemm`, whatever `pack` has chosen."""
+        self.direct = torch.ops.resnet_fast._pack_gemm(fold(*parameters)[0], self.geometry.groups)
+
+    def _weight(self, kernel: ConvKernel, input_shape: torch.Size, parameters: tuple) -> Tensor:
+        if kernel.name == "onednn":
+            return self._in_onednn_layout(fold(*parameters)[0].to(self.dtype), input_shape)
+        for other in list(self.packed.values()):  # ours have one layout for all shapes
+            if other.kernel == kernel:
+                return other.weight
+        folded = fold(*parameters)[0].contiguous()
+        if kernel.name == "winograd":
+            return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile)
+        if kernel.name == "gemm":
+            return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups)
+        return torch.ops.resnet_fast._pack_few_channels(folded)
 
     def _in_onednn_layout(self, folded: Tensor, input_shape: torch.Size) -> Tensor:
         stride, padding, dilation, groups = self.geometry
         weight = torch.ops.mkldnn._reorder_convolution_weight(folded, padding, stride, dilation, groups, input_shape)
         layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
         for other in list(self.packed.values()):
-            if torch.equal(torch.ops.mkldnn._get_mkldnn_serialized_md(other.weight), layout):
+            if other.kernel.name == "onednn" and torch.equal(
+                torch.ops.mkldnn._get_mkldnn_serialized_md(other.weight), layout
+            ):
                 return other.weight
         return weight
+
+    def run(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+        """The convolution, or None if something must be packed first or the residual does not fit.
+
+        input [N, C, H, W], residual [N, K, P, Q].
+        """
+        packed = self.packed.get(input.shape)
+        if packed is None:
+            return None
+        kernel, weight, size = packed
+        if residual is not None and not (residual.shape == size and residual.dtype == input.dtype and residual.is_cpu):
+            return None
+        if kernel.name == "winograd":
+            out, finite = _winograd(input, weight, self.bias, residual, self.geometry.padding, relu)
+            if finite:
+                return out
+            if self.direct is None:
+                return None
+            weight = self.direct
+        elif kernel.name == "onednn":
+            return _onednn(input, weight, self.bias, residual, *self.geometry, relu)
+        elif kernel.name == "few channels":
+            return _few_channels(input, weight, self.bias, *self.geometry[:3], relu)
+        return _gemm(input, weight, self.bias, residual, *self.geometry, relu)

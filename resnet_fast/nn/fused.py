@@ -5,15 +5,12 @@ A block is fused as a whole or takes exactly torch's path. Both answers come wit
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import cpu_level
-from ..choose import Choice, choose, has_few_channels
+from ..choose import Choice, choose
 from ..ops.registration import constant_when_compiled, dispatch, under_transform
 
 
@@ -94,8 +91,6 @@ def choice_for(conv: nn.Conv2d) -> Choice:
         choice = choose("conv_bn_relu", weight.device.type, weight.dtype)
     except RuntimeError as error:
         return Choice("reference", "torch", str(error))
-    if choice.backend == "cpu" and has_few_channels(weight, conv.groups, weight.dtype):
-        return replace(choice, kernel=f"C++ {cpu_level()}")
     return choice
 
 

@@ -172,7 +172,7 @@ def _kernel(
         key = (input.dtype, geometry, eps, bias is None, bn_weight is None, bn_bias is None, residual is None)
         folded = packed_weights.find(weight, [v for v in parameters[1:] if v is not None], groups, key)
         if folded is not None and folded.usable:
-            out = _run_packed(folded, input, residual, relu)
+            out = folded.run(input, residual, relu)
             if out is not None:
                 return out
 
@@ -208,22 +208,12 @@ def _kernel(
         )
         if folded.usable:
             folded.pack(input.shape, size, *parameters, eps)
-            return _run_packed(folded, input, residual, relu)
+            out = folded.run(input, residual, relu)
+            if out is None:
+                folded.pack_direct(*parameters, eps)
+                out = folded.run(input, residual, relu)
+            return out
     return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
-
-
-def _run_packed(folded: FoldedConv, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
-    """The C++ kernel, if the weight is packed for this input's shape and the residual fits; else None."""
-    packed = folded.packed.get(input.shape)
-    if packed is None:
-        return None
-    if residual is not None and not (
-        residual.shape == packed.output_size and residual.dtype == input.dtype and residual.is_cpu
-    ):
-        return None
-    return torch.ops.resnet_fast._conv_bn_relu_cpu.default(
-        input, packed.weight, folded.bias, residual, *folded.geometry, relu
-    )
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-// The host side of conv_bn_relu on the CPU: one call of oneDNN's fused convolution, as torch exposes it, with bias,
-// residual and ReLU, or of our own kernel for few input channels. BatchNorm is folded in and the weight packed before,
-// once: resnet_fast/kernels/packing.py.
+// oneDNN's fused convolution as torch exposes it, with bias, residual and ReLU. BatchNorm is folded in and the weight
+// packed before, once: resnet_fast/kernels/packing.py.
 // In C++ because in Python everything around the oneDNN calls took a fifth of ResNet-50's time at batch 1.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,18 +18,14 @@ using torch::stable::Tensor;
 
 constexpr MemoryFormat channels_last = MemoryFormat::ChannelsLast;
 
-Tensor to_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
 }  // namespace
 
-Tensor conv_bn_relu_onednn(const Tensor& input,          // [N, C, H, W], any strides
-                           const Tensor& packed_weight,  // [K, C / groups, R, S] in oneDNN's layout for input's shape
-                           const Tensor& folded_bias,    // [K]; its dtype is the one oneDNN computes in
-                           const std::optional<Tensor>& residual,  // [N, K, P, Q], any strides, input's dtype
-                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                           int64_t groups, bool relu) {
+Tensor conv_onednn(const Tensor& input,                    // [N, C, H, W], any strides
+                   const Tensor& packed_weight,            // [K, C / groups, R, S] in oneDNN's layout for input's shape
+                   const Tensor& folded_bias,              // [K]; its dtype is the one oneDNN computes in
+                   const std::optional<Tensor>& residual,  // [N, K, P, Q], any strides, input's dtype
+                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                   int64_t groups, bool relu) {
   const ScalarType dtype = folded_bias.scalar_type();
   const Tensor x = torch::stable::contiguous(input, channels_last);
   std::optional<Tensor> r;
@@ -59,18 +54,6 @@ Tensor conv_bn_relu_onednn(const Tensor& input,          // [N, C, H, W], any st
     if (r.has_value()) out = add(out, to_dtype(*r, dtype));
   }
   if (relu && !fused_relu) out = call("aten::relu_", "", out);
-  return with_exact_strides(to_dtype(out, input.scalar_type()));
-}
-
-Tensor conv_bn_relu_few_channels(const Tensor& input,          // [N, C, H, W], any strides
-                                 const Tensor& packed_weight,  // from pack_few_channels
-                                 const Tensor& folded_bias,    // [K], float32
-                                 const std::optional<Tensor>& residual, std::vector<int64_t> stride,
-                                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                                 bool relu) {
-  STD_TORCH_CHECK(!residual.has_value() && groups == 1, "few input channels: no residual, no groups");
-  const Tensor x = to_dtype(input, ScalarType::Float);
-  const Tensor out = conv_few_channels(x, packed_weight, folded_bias, stride, padding, dilation, relu);
   return with_exact_strides(to_dtype(out, input.scalar_type()));
 }
 

@@ -1,0 +1,81 @@
+// The host side of the convolution as a matrix product: packs the weight and splits the output over torch's thread
+// pool. The loops are in kernels/conv_gemm.cpp.
+#include "conv.h"
+#include "levels.h"
+#include "parallel.h"
+
+namespace resnet_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+struct RowPointers {};
+
+// Bytes of input pixels that a block of output pixels reads again for every panel of filters: half of a small L2 cache.
+constexpr int64_t input_bytes = 192 << 10;
+constexpr int64_t most_pixels = 120;
+
+}  // namespace
+
+Tensor pack_gemm(const Tensor& weight, int64_t groups) {  // [K, C / groups, R, S]
+  const Tensor w = torch::stable::contiguous(weight);
+  const int64_t filters = w.size(0) / groups, depth = w.size(1), taps = w.size(2) * w.size(3);
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
+  const int64_t padded = (filters + width - 1) / width * width, panels = (padded + panel - 1) / panel;
+  Tensor packed = torch::stable::empty({groups, padded, w.size(2), w.size(3), depth});
+  const float* from = static_cast<const float*>(w.const_data_ptr());
+  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  for_each_item(groups * panels, [&](int64_t item) {
+    const int64_t group = item / panels, first = item % panels * panel;
+    const int64_t columns = std::min(panel, padded - first);
+    float* out = to + (group * padded + first) * taps * depth;
+    for (int64_t j = 0; j < columns; ++j) {
+      const float* filter = from + (group * filters + first + j) * depth * taps;
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t t = 0; t < taps; ++t)
+          out[(t * depth + k) * columns + j] = first + j < filters ? filter[k * taps + t] : 0.0f;
+    }
+  });
+  return packed;
+}
+
+Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
+                 const std::optional<Tensor>& residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                 std::vector<int64_t> dilation, int64_t groups, bool relu) {
+  const ConvShape s =
+      conv_shape(input, bias, packed_weight.size(2), packed_weight.size(3), stride, padding, dilation, groups);
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
+  const int64_t filters = s.k / groups, depth = s.c / groups, taps = s.r * s.s;
+  STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == groups && packed_weight.size(4) == depth &&
+                      packed_weight.size(1) == (filters + width - 1) / width * width,
+                  "packed_weight must come from _pack_gemm for this input, bias and groups");
+  const ConvTensors t(s, input, bias, residual);
+
+  const ConvGemm conv{s,       t.input,    static_cast<const float*>(packed_weight.const_data_ptr()),
+                      t.bias,  t.residual, t.output,
+                      t.zeros, relu};
+  if (s.n == 0) return t.result();
+
+  const int64_t pixels = s.n * s.p * s.q, panels = (filters + panel - 1) / panel;
+  const int64_t threads = torch::stable::get_num_threads();
+  // A block's input counts once a pixel for kernels that overlap, as often as taps for those that do not.
+  const int64_t reads = std::max<int64_t>(1, std::min(s.stride[0] * s.stride[1], taps));
+  int64_t block = std::clamp<int64_t>(input_bytes / int64_t(sizeof(float)) / (depth * reads), 12, most_pixels);
+  const bool split_pixels = pixels >= filters;
+  int64_t blocks = (pixels + block - 1) / block;
+  if (split_pixels) blocks = (blocks + threads - 1) / threads * threads;
+  block = (pixels + blocks - 1) / blocks;
+  const int64_t splits = split_pixels ? 1 : std::min(panels, 4 * threads);
+  for_each_item(groups * blocks * splits, [&](int64_t item) {
+    const int64_t split = item % splits, begin = item / splits % blocks * block, group = item / splits / blocks;
+    const int64_t end = std::min(pixels, begin + block);
+    if (begin >= end) return;
+    const int64_t first = panels * split / splits * panel,
+                  last = std::min(filters, panels * (split + 1) / splits * panel);
+    const Scratch<RowPointers> scratch(kernels().conv_gemm_scratch(s, end - begin));
+    kernels().conv_gemm_f32(conv, group, begin, end, first, last, scratch.bytes());
+  });
+  return t.result();
+}
+
+}  // namespace resnet_fast

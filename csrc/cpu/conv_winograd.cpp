@@ -1,0 +1,137 @@
+// The host side of Winograd convolution: transforms and packs the weight, splits the work over torch's thread pool.
+// The transforms of the activations and the products are in kernels/conv_winograd.cpp.
+#include "conv.h"
+#include "levels.h"
+#include "parallel.h"
+
+namespace resnet_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+struct Transformed {};
+struct Products {};
+
+// G of F(m, 3), [m + 2][3], for the points in kernels/conv_winograd.cpp: row i of a finite point p is (1, p, p^2) /
+// product of (p - q) over the other points q; the last row belongs to infinity.
+std::vector<std::array<double, 3>> weight_transform(int64_t m) {
+  std::vector<double> points;
+  if (m == 2) points = {0.0, 1.0, -1.0};
+  if (m == 4) points = {0.0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
+  if (m == 5) points = {1.0 / 3, -1.0 / 3, 0.75, -0.75, 2.0, -2.0};
+  STD_TORCH_CHECK(!points.empty(), "Winograd tiles are 2, 4 or 5 pixels wide, got ", m);
+  std::vector<std::array<double, 3>> rows;
+  for (const double p : points) {
+    double divisor = 1.0;
+    for (const double q : points)
+      if (q != p) divisor *= p - q;
+    rows.push_back({1 / divisor, p / divisor, p * p / divisor});
+  }
+  rows.push_back({0.0, 0.0, 1.0});
+  return rows;
+}
+
+// Bytes of transformed input that one thread works on at a time, so that it stays in the L2 cache with what else passes
+// through: half of a small one.
+constexpr int64_t block_bytes = 224 << 10;
+constexpr int64_t shared_bytes = 8 << 20;
+constexpr int64_t most_tiles = 96;
+
+}  // namespace
+
+Tensor pack_winograd(const Tensor& weight, int64_t m) {  // [K, C, 3, 3]
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3]");
+  const Tensor w = torch::stable::contiguous(weight);
+  const auto g = weight_transform(m);
+  const int64_t size = m + 2, filters = w.size(0), channels = w.size(1);
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
+  const int64_t padded = (filters + width - 1) / width * width;
+  Tensor packed = torch::stable::empty({padded, size * size, channels});
+  const float* from = static_cast<const float*>(w.const_data_ptr());
+  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  for_each_item((padded + panel - 1) / panel, [&](int64_t item) {
+    const int64_t first = item * panel, columns = std::min(panel, padded - first);
+    float* out = to + first * size * size * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t j = 0; j < columns; ++j) {
+        double rows[7][3] = {};
+        if (first + j < filters) {
+          const float* filter = from + ((first + j) * channels + c) * 9;
+          for (int64_t i = 0; i < size; ++i)
+            for (int64_t k = 0; k < 3; ++k)
+              rows[i][k] = g[i][0] * filter[k] + g[i][1] * filter[3 + k] + g[i][2] * filter[6 + k];
+        }
+        for (int64_t i = 0; i < size; ++i)
+          for (int64_t k = 0; k < size; ++k)
+            out[((i * size + k) * channels + c) * columns + j] =
+                float(rows[i][0] * g[k][0] + rows[i][1] * g[k][1] + rows[i][2] * g[k][2]);
+      }
+    }
+  });
+  return packed;
+}
+
+std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
+                                       const std::optional<Tensor>& residual, std::vector<int64_t> padding, bool relu) {
+  const std::vector<int64_t> ones{1, 1};
+  const ConvShape s = conv_shape(input, bias, 3, 3, ones, padding, ones, 1);
+  int64_t m = 2;
+  while (m < 5 && (m + 2) * (m + 2) != packed_weight.size(1)) ++m;
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel, size = m + 2;
+  STD_TORCH_CHECK(packed_weight.dim() == 3 && packed_weight.size(1) == size * size && packed_weight.size(2) == s.c &&
+                      packed_weight.size(0) == (s.k + width - 1) / width * width,
+                  "packed_weight must come from _pack_winograd for this input and bias");
+  const ConvTensors t(s, input, bias, residual);
+  const ConvWinograd conv{s,      m,          t.input,  static_cast<const float*>(packed_weight.const_data_ptr()),
+                          t.bias, t.residual, t.output, t.zeros,
+                          relu};
+
+  if (s.n == 0) return {t.result(), true};
+
+  const Kernels& run = kernels();
+  const int64_t tiles = s.n * ((s.p + m - 1) / m) * ((s.q + m - 1) / m);
+  const int64_t panels = (s.k + panel - 1) / panel, threads = torch::stable::get_num_threads();
+  const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * int64_t(sizeof(float));
+  std::atomic<bool> finite{true};
+  const auto products_bytes = [&](int64_t n) { return run.winograd_output_stride(n) * size * size * sizeof(float); };
+  const auto panel_of = [&](const float* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
+    const Scratch<Products> products(products_bytes(end - begin));
+    if (!run.winograd_output_f32(conv, transformed, stride, begin, end, filter, products.floats())) finite = false;
+  };
+
+  int64_t block = std::clamp<int64_t>(block_bytes / tile_bytes, 6, most_tiles);
+  const char* env = std::getenv("WB");
+  if (env) block = std::atoi(env);
+  const char* env2 = std::getenv("WMODE");
+  int mode = env2 ? std::atoi(env2) : -1;
+  if (mode == 0 || (mode < 0 && tiles >= 2 * threads * block)) {
+    // Enough tiles: each thread takes blocks of them through all panels.
+    int64_t blocks = (tiles + block - 1) / block;
+    blocks = (blocks + threads - 1) / threads * threads;
+    block = (tiles + blocks - 1) / blocks;
+    for_each_item(blocks, [&](int64_t item) {
+      const int64_t begin = item * block, end = std::min(tiles, begin + block);
+      if (begin >= end) return;
+      const int64_t stride = run.winograd_input_stride(s, block);
+      const Scratch<Transformed> transformed(stride * size * size * sizeof(float));
+      run.winograd_input_f32(conv, begin, end, transformed.floats(), stride);
+      for (int64_t i = 0; i < panels; ++i) panel_of(transformed.floats(), stride, begin, end, i * panel);
+    });
+  } else {
+    // Few tiles: all threads transform them, then share the panels, so that each reads its part of the weight once.
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(most_tiles, shared_bytes / tile_bytes));
+    for (int64_t begin = 0; begin < tiles; begin += most) {
+      const int64_t end = std::min(tiles, begin + most), stride = run.winograd_input_stride(s, end - begin);
+      const Scratch<Transformed> scratch(stride * size * size * sizeof(float));
+      float* transformed = scratch.floats();
+      for_each_item(end - begin, [&](int64_t i) {
+        run.winograd_input_f32(conv, begin + i, begin + i + 1, transformed + i * ((s.c + width - 1) / width * width),
+                               stride);
+      });
+      for_each_item(panels, [&](int64_t i) { panel_of(transformed, stride, begin, end, i * panel); });
+    }
+  }
+  return {t.result(), finite.load()};
+}
+
+}  // namespace resnet_fast

@@ -1,0 +1,234 @@
+"""The CPU's convolution kernels one by one: every kernel at every instruction-set level and edge of its blocking."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_accurate, assert_passes_at_level, assert_same_special_values, relative_error
+from winograd import LARGEST_ERROR, winograd
+
+from resnet_fast.backends import CPU_LEVELS
+from resnet_fast.bench import layers
+
+ops = torch.ops.resnet_fast
+TILES = (2, 4, 5)
+
+
+def tensors(n=2, c=8, k=16, h=9, w=7, kernel=(3, 3), groups=1, integers=False):
+    """input, weight, bias"""
+
+    def values(*shape):
+        return torch.randint(-3, 4, shape).float() if integers else torch.randn(shape)
+
+    weight = values(k, c // groups, *kernel)
+    return values(n, c, h, w), weight if integers else weight / weight[0].numel() ** 0.5, values(k)
+
+
+def reference(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True):
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    out = out if residual is None else out + residual
+    return out.relu() if relu else out
+
+
+def gemm(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True):
+    packed = ops._pack_gemm(weight, groups)
+    return ops._conv_gemm(x, packed, bias, residual, stride, padding, dilation, groups, relu)
+
+
+def fast(x, weight, bias, tile, residual=None, padding=(1, 1), relu=True):
+    return ops._conv_winograd(x, ops._pack_winograd(weight, tile), bias, residual, padding, relu)
+
+
+def double(*args):
+    return [None if t is None else t.double() for t in args]
+
+
+# Channels around the vectors of 4, 8 and 16 floats; filters around the panels of 8, 16 and 64; pixels around tiles of 6
+# rows; depths around the chunks of 256.
+GEMM = {
+    "plain": dict(),
+    "one of everything": dict(n=1, c=1, k=1, h=1, w=1),
+    "one channel": dict(c=1, k=5),
+    "7 filters": dict(k=7),
+    "9 filters": dict(k=9, c=3),
+    "15 filters": dict(k=15),
+    "17 filters": dict(k=17, c=17),
+    "33 filters": dict(k=33),
+    "63 filters": dict(k=63, c=5),
+    "65 filters": dict(k=65),
+    "130 filters": dict(k=130),
+    "many pixels": dict(n=1, c=4, k=24, h=33, w=31),
+    "1x1": dict(kernel=(1, 1), padding=(0, 0), c=24, k=40),
+    "1x1 stride 2": dict(kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
+    "1x1 padded": dict(kernel=(1, 1), padding=(2, 1)),
+    "1x1 deep": dict(kernel=(1, 1), padding=(0, 0), c=515, k=20, h=5, w=5),
+    "3x3 deep": dict(c=257, k=20, h=5, w=5),
+    "3x3 stride 2": dict(stride=(2, 2), h=12, w=13),
+    "5x5": dict(kernel=(5, 5), padding=(2, 2)),
+    "7x7 stride 2": dict(kernel=(7, 7), padding=(3, 3), stride=(2, 2), h=20, w=22),
+    "2x4": dict(kernel=(2, 4), padding=(0, 2)),
+    "dilated": dict(dilation=(2, 3), padding=(2, 3)),
+    "padding only": dict(h=1, w=1, padding=(4, 4)),
+    "unequal": dict(stride=(2, 1), padding=(0, 2), dilation=(1, 3), h=12, w=15),
+    "2 groups": dict(groups=2, c=34, k=36),
+    "groups of 3 and 5": dict(groups=4, c=12, k=20),
+    "depthwise": dict(groups=8, k=8),
+    "depthwise multiplier": dict(groups=8, k=24),
+}
+
+
+def split(case):
+    """(arguments of `tensors`, geometry)"""
+    geometry = {n: case[n] for n in ("stride", "padding", "dilation", "groups") if n in case}
+    return {n: v for n, v in case.items() if n not in geometry or n == "groups"}, geometry
+
+
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", GEMM)
+def test_kernels_gemm(case, integers):
+    sizes, geometry = split(GEMM[case])
+    x, weight, bias = tensors(**sizes, integers=integers)
+    for relu in (True, False):
+        for residual in (None, torch.randint(-9, 9, reference(x, weight, bias, **geometry).shape).float()):
+            args, how = (x, weight, bias, residual), dict(**geometry, relu=relu)
+            out, exact = gemm(*args, **how), reference(*double(*args), **how)
+            if integers or exact.abs().max() == 0:
+                assert torch.equal(out.double(), exact)
+            else:
+                assert_accurate(out, exact, [reference(*args, **how)])
+
+
+WINOGRAD = {
+    "plain": dict(),
+    "one pixel": dict(n=1, h=1, w=1, c=1, k=1),
+    "one row": dict(h=1, w=17),
+    "7 channels, 9 filters": dict(c=7, k=9),
+    "9 channels, 7 filters": dict(c=9, k=7),
+    "15 channels, 17 filters": dict(c=15, k=17),
+    "17 channels, 33 filters": dict(c=17, k=33),
+    "33 channels, 65 filters": dict(c=33, k=65),
+    "130 filters": dict(k=130),
+    "whole tiles": dict(h=20, w=20),
+    "one too many": dict(h=21, w=21),
+    "one too few": dict(h=19, w=19),
+    "no padding": dict(padding=(0, 0)),
+    "3x3 into one pixel": dict(padding=(0, 0), h=3, w=3),
+    "much padding": dict(padding=(5, 3)),
+    "unequal padding": dict(padding=(0, 2)),
+    "many tiles": dict(n=5, c=32, k=24, h=30, w=31),
+    "batch 7": dict(n=7, c=64, k=16, h=7, w=7),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("case", WINOGRAD)
+def test_kernels_winograd(case, tile):
+    sizes, geometry = split(WINOGRAD[case])
+    x, weight, bias = tensors(**sizes)
+    for relu in (True, False):
+        for residual in (None, torch.randn(reference(x, weight, bias, **geometry).shape)):
+            args, how = (x, weight, bias, residual), dict(**geometry, relu=relu)
+            out, finite = fast(x, weight, bias, tile, residual, **how)
+            exact = reference(*double(*args), **how)
+            assert finite and out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(out.double(), exact) or relative_error(out, exact) <= LARGEST_ERROR[tile]
+
+
+@pytest.mark.parametrize("case", WINOGRAD)
+def test_kernels_winograd_exact(case):
+    """F(2,3) is exact on multiples of 4: its weights have quarters, its other constants are 1 and -1."""
+    sizes, geometry = split(WINOGRAD[case])
+    x, weight, bias = tensors(**sizes, integers=True)
+    out, _ = fast(x, weight, bias, 2, **geometry)
+    assert torch.equal(out.double(), reference(*double(x, weight, bias), **geometry))
+
+
+LAYERS = [la for la in layers.distinct(layers.MODELS) if la.kernel == 3 and la.stride == la.groups == 1]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_winograd_error(layer, tile):
+    """Not more than the same algorithm has in plain torch by half, nor than what is promised."""
+    size = min(layer.size, 14)
+    x, weight, _ = tensors(1, layer.channels, layer.filters, size, size)
+    zeros = torch.zeros(layer.filters)
+    out, _ = fast(x, weight, zeros, tile, relu=False)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    plain = relative_error(winograd(x, weight, tile, 1), exact)
+    assert relative_error(winograd(x.double(), weight.double(), tile, 1), exact) < 1e-13
+    assert relative_error(out, exact) <= min(1.5 * plain, LARGEST_ERROR[tile])
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_kernels_say_what_is_not_finite(value, tile):
+    x, weight, bias = tensors(c=9, k=17, h=11, w=11)
+    for at in ((0, 0, 0, 0), (1, 8, 10, 10), (0, 3, 5, 6), (1, 0, 4, 0)):
+        y = x.clone()
+        y[at] = value
+        assert not fast(y, weight, bias, tile)[1]
+        assert_same_special_values(gemm(y, weight, bias), reference(y, weight, bias))
+    residual = torch.full((2, 17, 11, 11), value)
+    out, finite = fast(x, weight, bias, tile, residual)
+    assert finite  # the residual spreads nowhere
+    assert_same_special_values(out, reference(x, weight, bias, residual))
+    assert not fast(torch.full_like(x, 3e38), weight, bias, tile)[1]
+
+
+@pytest.mark.parametrize("layout", ("channels_last", "sliced", "transposed", "expanded"))
+def test_kernels_strides(layout):
+    x, weight, bias = tensors(c=6, k=6, h=8, w=8)
+    residual = torch.randn(2, 6, 8, 8)
+    change = {
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "sliced": lambda t: torch.empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
+        "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": lambda t: t[:, :, :1].expand_as(t),
+    }[layout]
+    for args in (
+        (change(x), weight, bias, residual),
+        (x, change(weight), bias, residual),
+        (x, weight, bias, change(residual)),
+    ):
+        exact = reference(*double(*args))
+        assert_accurate(gemm(*args), exact, [reference(*args)])
+        assert relative_error(fast(*args[:3], 4, args[3])[0], exact) <= LARGEST_ERROR[4]
+
+
+def test_kernels_empty_batch():
+    x, weight, bias = tensors(n=0)
+    assert gemm(x, weight, bias).shape == fast(x, weight, bias, 4)[0].shape == (0, 16, 9, 7)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3, 16))
+def test_kernels_give_the_same_bits_for_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    x, weight, bias = tensors(n=3, c=40, k=72, h=17, w=19)
+    grouped = tensors(n=3, c=40, k=72, h=17, w=19, groups=4)
+
+    def run():
+        return [gemm(x, weight, bias), gemm(*grouped, groups=4), *(fast(x, weight, bias, tile)[0] for tile in TILES)]
+
+    expected = run()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_weight_of_another_convolution_is_refused():
+    x, weight, bias = tensors(c=8, k=16)
+    for packed in (ops._pack_gemm(weight[:, :7], 1), ops._pack_gemm(torch.cat([weight] * 6), 1)):
+        with pytest.raises(RuntimeError, match="packed_weight must come from _pack_gemm"):
+            ops._conv_gemm(x, packed, bias, None, [1, 1], [1, 1], [1, 1], 1, True)
+    for packed in (ops._pack_winograd(weight[:, :7], 4), ops._pack_gemm(weight, 1)):
+        with pytest.raises(RuntimeError, match="packed_weight must come from _pack_winograd"):
+            ops._conv_winograd(x, packed, bias, None, [1, 1], True)
+    with pytest.raises(RuntimeError, match="2, 4 or 5 pixels wide, got 3"):
+        ops._pack_winograd(weight, 3)
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_level(level):
+    assert_passes_at_level(__file__, level, "kernels")
