@@ -36,47 +36,86 @@ int64_t conv_gemm_scratch(const ConvShape& s, int64_t pixels) {
   return tiles_of(pixels) * tile_rows * (s.r * s.s * int64_t(sizeof(float*)) + panel_width * int64_t(sizeof(float)));
 }
 
-void conv_gemm_f32(const ConvGemm& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
-                   int64_t filter_end, void* scratch) {
-  const ConvShape& s = conv.shape;
-  const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups;
-  const int64_t pixels = pixel_end - pixel_begin, tiles = tiles_of(pixels);
-  const float** row = static_cast<const float**>(scratch);
-  float* partial = reinterpret_cast<float*>(row + tiles * taps * tile_rows);
-  find_rows(conv, group, pixel_begin, pixel_end, row);
+// What the loops below agree on: output pixels [begin, begin + pixels) of one group.
+struct Block {
+  const ConvGemm& conv;
+  int64_t taps, depth;     // kernel positions, channels of the group
+  int64_t filters, first;  // of the group; its first one
+  const float* weight;     // of the group
+  int64_t begin, pixels, tiles;
+  const float** row;  // [tiles][taps][tile_rows]
+};
 
-  const int64_t filters_padded = (filters + width - 1) / width * width;
-  const float* weight = conv.weight + group * filters_padded * taps * depth;
-  const int64_t chunk_depth = depth < depth_chunk ? depth : depth_chunk;
-  const int64_t chunk_taps = depth < depth_chunk ? (depth_chunk / depth) : 1;
+static inline int64_t first_pixel(const Block& b, int64_t tile) { return b.pixels * tile / b.tiles; }
+
+// Where a tile's finished sums go.
+static inline TileOutput output_of(const Block& b, int64_t pixel, int64_t filter, int64_t columns) {
+  const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
+  const float* residual = b.conv.residual ? b.conv.residual + at : nullptr;
+  return {nullptr, 0, b.conv.output + at, residual, k, left < columns ? left : columns, b.conv.relu};
+}
+
+// Depth that is summed at once: each tile takes all panels in turn, so that outputs are written, and the residual read,
+// row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3 cores, batch 8).
+static void shallow(const Block& b, int64_t filter_begin, int64_t filter_end) {
+  for (int64_t tile = 0; tile < b.tiles; ++tile) {
+    const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
+    for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
+      const int64_t vectors = vectors_of_panel(b.filters, filter);
+      TileOutput o = output_of(b, pixel, filter, vectors * width);
+      o.start = b.conv.bias + b.first + filter;
+      gemm_tiles[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
+                                        b.weight + filter * b.taps * b.depth, o);
+    }
+  }
+}
+
+// Greater depth: each chunk of a panel is summed for all tiles in turn, while it is in the L1 cache.
+static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  const int64_t chunk = b.depth < depth_chunk ? b.depth : depth_chunk;
+  const int64_t chunk_taps = b.depth < depth_chunk ? depth_chunk / b.depth : 1;
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
-    const int64_t vectors = vectors_of_panel(filters, filter), columns = vectors * width;
-    const float* panel = weight + filter * taps * depth;
-    const int64_t first = group * filters + filter;
-    for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
-      const int64_t n_taps = tap + chunk_taps < taps ? chunk_taps : taps - tap;
-      for (int64_t k = 0; k < depth; k += chunk_depth) {
-        const int64_t n_depth = k + chunk_depth < depth ? chunk_depth : depth - k;
-        const bool is_first = tap == 0 && k == 0, is_last = tap + n_taps == taps && k + n_depth == depth;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t done = pixels * tile / tiles, rows = pixels * (tile + 1) / tiles - done;
-          const int64_t at = (pixel_begin + done) * s.k + first;
-          float* sums = partial + done * columns;
+    const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
+    const float* panel = b.weight + filter * b.taps * b.depth;
+    for (int64_t tap = 0; tap < b.taps; tap += chunk_taps) {
+      const int64_t taps = tap + chunk_taps < b.taps ? chunk_taps : b.taps - tap;
+      for (int64_t k = 0; k < b.depth; k += chunk) {
+        const int64_t depth = k + chunk < b.depth ? chunk : b.depth - k;
+        const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
+        for (int64_t tile = 0; tile < b.tiles; ++tile) {
+          const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
+          float* sums = partial + pixel * columns;
           TileOutput o{sums, columns, sums, nullptr, columns, columns, false};
-          if (is_first) o.start = conv.bias + first, o.start_stride = 0;
-          if (is_last) {
-            o.out = conv.output + at;
-            o.residual = conv.residual ? conv.residual + at : nullptr;
-            o.out_stride = s.k;
-            o.columns = filters - filter < columns ? filters - filter : columns;
-            o.relu = conv.relu;
-          }
-          const float** here = row + (tile * taps + tap) * tile_rows;
-          gemm_tiles[vectors - 1][rows - 1](here, n_taps, k, n_depth, panel + (tap * depth + k) * columns, o);
+          if (is_last) o = output_of(b, pixel, filter, columns);
+          o.start = is_first ? b.conv.bias + b.first + filter : sums;
+          o.start_stride = is_first ? 0 : columns;
+          gemm_tiles[vectors - 1][rows - 1](b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
+                                            panel + (tap * b.depth + k) * columns, o);
         }
       }
     }
   }
+}
+
+void conv_gemm_f32(const ConvGemm& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
+                   int64_t filter_end, void* scratch) {
+  const ConvShape& s = conv.shape;
+  const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups, pixels = pixel_end - pixel_begin;
+  const int64_t padded = (filters + width - 1) / width * width;
+  const float** row = static_cast<const float**>(scratch);
+  find_rows(conv, group, pixel_begin, pixel_end, row);
+  const Block block{conv,
+                    taps,
+                    depth,
+                    filters,
+                    group * filters,
+                    conv.weight + group * padded * taps * depth,
+                    pixel_begin,
+                    pixels,
+                    tiles_of(pixels),
+                    row};
+  if (taps * depth <= depth_chunk) return shallow(block, filter_begin, filter_end);
+  deep(block, filter_begin, filter_end, reinterpret_cast<float*>(row + block.tiles * taps * tile_rows));
 }
 
 extern const int64_t vector_width = width;

@@ -32,29 +32,20 @@ struct TileOutput {
 
 template <int rows, int vectors>
 static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
-  if (o.start) {
-    RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j) sum[i][j] +=
-        load(o.start + i * o.start_stride + j * width);
-  }
+  const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
+  if (o.start) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.start + i * o.start_stride + j * width); });
   if (o.columns == vectors * width) {
-    if (o.residual) {
-      RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j)
-          sum[i][j] += load(o.residual + i * o.out_stride + j * width);
-    }
-    if (o.relu) {
-      RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j) sum[i][j] =
-          relu(sum[i][j]);
-    }
-    RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j)
-        store(o.out + i * o.out_stride + j * width, sum[i][j]);
+    if (o.residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.residual + at(i, j)); });
+    if (o.relu) each<rows, vectors>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
+    each<rows, vectors>([&](int i, int j) { store(o.out + at(i, j), sum[i][j]); });
     return;
   }
-  RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) {
+  for (int i = 0; i < rows; ++i) {
     float values[vectors * width];
-    RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j) store(values + j * width, sum[i][j]);
+    for (int j = 0; j < vectors; ++j) store(values + j * width, sum[i][j]);
     for (int64_t k = 0; k < o.columns; ++k) {
-      const float v = o.residual ? values[k] + o.residual[i * o.out_stride + k] : values[k];
-      o.out[i * o.out_stride + k] = o.relu && v < 0.0f ? 0.0f : v;
+      const float v = o.residual ? values[k] + o.residual[at(i, 0) + k] : values[k];
+      o.out[at(i, 0) + k] = o.relu && v < 0.0f ? 0.0f : v;
     }
   }
 }
@@ -68,8 +59,7 @@ static void gemm_tile(const float* const* row,  // [taps][tile_rows]
                       const float* panel,  // [taps][depth][vectors * width]
                       const TileOutput& o) {
   vec sum[rows][vectors];
-  RESNET_FAST_UNROLL for (int i = 0; i < rows; ++i) RESNET_FAST_UNROLL for (int j = 0; j < vectors; ++j) sum[i][j] =
-      vec{};
+  each<rows, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
   for (int64_t t = 0; t < taps; ++t, row += tile_rows) {
     const float* a[rows];
     for (int i = 0; i < rows; ++i) a[i] = row[i] + offset;

@@ -16,9 +16,6 @@ constexpr int width = 8, panel_vectors = 2, tile_rows = 6;  // 12 + 2 + 1 of 16
 constexpr int width = 4, panel_vectors = 2, tile_rows = 6;  // SSE (16 registers) and NEON (32)
 #endif
 
-// Loops over an array of vectors that must end up in registers.
-#define RESNET_FAST_UNROLL _Pragma("GCC unroll 16")
-
 typedef float vec __attribute__((vector_size(width * sizeof(float))));
 
 static inline vec load(const float* p) {
@@ -43,5 +40,15 @@ static inline void store_part(float* p, vec v, int64_t n) {
 static inline vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for every x
 
 static inline vec relu(vec v) { return v < 0.0f ? vec{} : v; }  // NaN stays NaN
+
+// f(i, j) for every element of an array of vectors that must end up in registers, which takes indices that are
+// constant.
+template <int rows, int columns, typename F>
+static inline __attribute__((always_inline)) void each(const F& f) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; ++j) f(i, j);
+}
 
 }  // namespace resnet_fast::RESNET_FAST_LEVEL
