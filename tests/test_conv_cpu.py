@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_accurate, assert_passes_at_level, assert_same_special_values, relative_error
+from checks import UNIT_ROUNDOFF, assert_accurate, assert_passes_at_level, assert_same_special_values, relative_error
 from winograd import LARGEST_ERROR, winograd
 
 from resnet_fast.backends import CPU_LEVELS
@@ -11,6 +11,7 @@ from resnet_fast.bench import layers
 
 ops = torch.ops.resnet_fast
 TILES = (2, 4, 5)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tensors(n=2, c=8, k=16, h=9, w=7, kernel=(3, 3), groups=1, integers=False):
@@ -38,8 +39,12 @@ def fast(x, weight, bias, tile, residual=None, padding=(1, 1), relu=True):
     return ops._conv_winograd(x, ops._pack_winograd(weight, tile), bias, residual, padding, relu)
 
 
+def to(dtype, *args):
+    return [None if t is None else t.to(dtype) for t in args]
+
+
 def double(*args):
-    return [None if t is None else t.double() for t in args]
+    return to(torch.float64, *args)
 
 
 # Channels around the vectors of 4, 8 and 16 floats; filters around the panels of 8, 16 and 64; pixels around tiles of 6
@@ -82,19 +87,21 @@ def split(case):
     return {n: v for n, v in case.items() if n not in geometry or n == "groups"}, geometry
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("integers", (False, True))
 @pytest.mark.parametrize("case", GEMM)
-def test_kernels_gemm(case, integers):
+def test_kernels_gemm(case, integers, dtype):
     sizes, geometry = split(GEMM[case])
-    x, weight, bias = tensors(**sizes, integers=integers)
+    x, weight, bias = (t.to(dtype).float() for t in tensors(**sizes, integers=integers))
     for relu in (True, False):
         for residual in (None, torch.randint(-9, 9, reference(x, weight, bias, **geometry).shape).float()):
-            args, how = (x, weight, bias, residual), dict(**geometry, relu=relu)
-            out, exact = gemm(*args, **how), reference(*double(*args), **how)
+            how = dict(**geometry, relu=relu)
+            out = gemm(x.to(dtype), weight, bias, *to(dtype, residual), **how)
+            exact = reference(*double(x, weight, bias, residual), **how)
             if integers or exact.abs().max() == 0:
-                assert torch.equal(out.double(), exact)
+                assert torch.equal(out, exact.to(dtype))
             else:
-                assert_accurate(out, exact, [reference(*args, **how)])
+                assert_accurate(out, exact, [reference(*to(dtype, x, weight, bias, residual), **how)])
 
 
 WINOGRAD = {
@@ -119,18 +126,21 @@ WINOGRAD = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", WINOGRAD)
-def test_kernels_winograd(case, tile):
+def test_kernels_winograd(case, tile, dtype):
     sizes, geometry = split(WINOGRAD[case])
     x, weight, bias = tensors(**sizes)
+    x, rounding = x.to(dtype), 0.0 if dtype == torch.float32 else UNIT_ROUNDOFF[dtype]
     for relu in (True, False):
-        for residual in (None, torch.randn(reference(x, weight, bias, **geometry).shape)):
-            args, how = (x, weight, bias, residual), dict(**geometry, relu=relu)
+        for residual in (None, torch.randn(reference(x.float(), weight, bias, **geometry).shape).to(dtype)):
+            how = dict(**geometry, relu=relu)
             out, finite = fast(x, weight, bias, tile, residual, **how)
-            exact = reference(*double(*args), **how)
+            exact = reference(*double(x, weight, bias, residual), **how)
+            assert out.dtype == dtype
             assert finite and out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(out.double(), exact) or relative_error(out, exact) <= LARGEST_ERROR[tile]
+            assert torch.equal(out.double(), exact) or relative_error(out, exact) <= LARGEST_ERROR[tile] + rounding
 
 
 @pytest.mark.parametrize("case", WINOGRAD)

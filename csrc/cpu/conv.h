@@ -35,35 +35,48 @@ inline ConvShape conv_shape(const torch::stable::Tensor& input, const torch::sta
           groups};
 }
 
-// The tensors of a convolution as the kernels take them: channels_last float32, a bias and zeros with room behind.
-struct ConvTensors {
-  ConvTensors(const ConvShape& shape, const torch::stable::Tensor& x, const torch::stable::Tensor& b,
-              const std::optional<torch::stable::Tensor>& r) {
+inline Storage storage_of(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "convolutions on the CPU take float32, bfloat16 or float16");
+  return dtype == ScalarType::Float ? Storage::f32 : dtype == ScalarType::BFloat16 ? Storage::bf16 : Storage::f16;
+}
+
+// A convolution as the kernels take it, with what its pointers point at: maps in channels_last, a bias and zeros with
+// room behind.
+struct ConvCall : Conv {
+  ConvCall(const ConvShape& s, const torch::stable::Tensor& x, const torch::stable::Tensor& packed_weight,
+           const torch::stable::Tensor& b, const std::optional<torch::stable::Tensor>& r, bool with_relu) {
     using torch::headeronly::MemoryFormat;
-    using torch::headeronly::ScalarType;
-    dtype_ = x.scalar_type();
-    kept_input_ = torch::stable::contiguous(to_dtype(x, ScalarType::Float), MemoryFormat::ChannelsLast);
-    input = static_cast<const float*>(kept_input_.const_data_ptr());
+    shape = s;
+    relu = with_relu;
+    weight = static_cast<const float*>(packed_weight.const_data_ptr());
+    output_type = storage_of(x.scalar_type());
+    set_input(x);
+    residual = nullptr;
     if (r.has_value()) {
-      kept_residual_ = torch::stable::contiguous(to_dtype(*r, ScalarType::Float), MemoryFormat::ChannelsLast);
-      residual = static_cast<const float*>(kept_residual_.const_data_ptr());
+      kept_residual_ = torch::stable::contiguous(to_dtype(*r, x.scalar_type()), MemoryFormat::ChannelsLast);
+      residual = kept_residual_.const_data_ptr();
     }
-    out_ = torch::stable::empty({shape.n, shape.k, shape.p, shape.q}, ScalarType::Float, std::nullopt, std::nullopt,
-                                std::nullopt, MemoryFormat::ChannelsLast);
-    output = static_cast<float*>(out_.mutable_data_ptr());
-    vectors_.resize(shape.k + kernels().gemm_panel + shape.c + kernels().vector_width);
-    std::memcpy(vectors_.data(), b.const_data_ptr(), shape.k * sizeof(float));
+    out_ = torch::stable::empty({s.n, s.k, s.p, s.q}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                MemoryFormat::ChannelsLast);
+    output = out_.mutable_data_ptr();
+    vectors_.resize(s.k + kernels().gemm_panel + s.c + kernels().vector_width);
+    std::memcpy(vectors_.data(), b.const_data_ptr(), s.k * sizeof(float));
     bias = vectors_.data();
-    zeros = bias + shape.k + kernels().gemm_panel;
+    zeros = bias + s.k + kernels().gemm_panel;
   }
 
-  const float *input, *residual = nullptr, *bias, *zeros;
-  float* output;
+  // The kernel reads this instead of what the constructor was given: same shape, maybe another type.
+  void set_input(const torch::stable::Tensor& x) {
+    kept_input_ = torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+    input = kept_input_.const_data_ptr();
+    input_type = storage_of(x.scalar_type());
+  }
 
-  torch::stable::Tensor result() const { return with_exact_strides(to_dtype(out_, dtype_)); }
+  torch::stable::Tensor result() const { return with_exact_strides(out_); }
 
  private:
-  torch::headeronly::ScalarType dtype_;
   torch::stable::Tensor out_, kept_input_, kept_residual_;
   std::vector<float> vectors_;
 };

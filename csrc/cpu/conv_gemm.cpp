@@ -49,12 +49,9 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
   STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == groups && packed_weight.size(4) == depth &&
                       packed_weight.size(1) == (filters + width - 1) / width * width,
                   "packed_weight must come from _pack_gemm for this input, bias and groups");
-  const ConvTensors t(s, input, bias, residual);
-
-  const ConvGemm conv{s,       t.input,    static_cast<const float*>(packed_weight.const_data_ptr()),
-                      t.bias,  t.residual, t.output,
-                      t.zeros, relu};
-  if (s.n == 0) return t.result();
+  ConvCall conv(s, input, packed_weight, bias, residual, relu);
+  if (taps > 1) conv.set_input(to_dtype(input, torch::headeronly::ScalarType::Float));  // kernels widen 1x1's input
+  if (s.n == 0) return conv.result();
 
   const int64_t pixels = s.n * s.p * s.q, panels = (filters + panel - 1) / panel;
   const int64_t threads = torch::stable::get_num_threads();
@@ -72,10 +69,10 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
     if (begin >= end) return;
     const int64_t first = panels * split / splits * panel,
                   last = std::min(filters, panels * (split + 1) / splits * panel);
-    const Scratch<RowPointers> scratch(kernels().conv_gemm_scratch(s, end - begin));
-    kernels().conv_gemm_f32(conv, group, begin, end, first, last, scratch.bytes());
+    const Scratch<RowPointers> scratch(kernels().conv_gemm_scratch(conv, end - begin));
+    kernels().conv_gemm(conv, group, begin, end, first, last, scratch.bytes());
   });
-  return t.result();
+  return conv.result();
 }
 
 }  // namespace resnet_fast

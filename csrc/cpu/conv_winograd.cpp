@@ -85,12 +85,8 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   STD_TORCH_CHECK(packed_weight.dim() == 3 && packed_weight.size(1) == size * size && packed_weight.size(2) == s.c &&
                       packed_weight.size(0) == (s.k + width - 1) / width * width,
                   "packed_weight must come from _pack_winograd for this input and bias");
-  const ConvTensors t(s, input, bias, residual);
-  const ConvWinograd conv{s,      m,          t.input,  static_cast<const float*>(packed_weight.const_data_ptr()),
-                          t.bias, t.residual, t.output, t.zeros,
-                          relu};
-
-  if (s.n == 0) return {t.result(), true};
+  const ConvCall conv(s, input, packed_weight, bias, residual, relu);
+  if (s.n == 0) return {conv.result(), true};
 
   const Kernels& run = kernels();
   const int64_t tiles = s.n * ((s.p + m - 1) / m) * ((s.q + m - 1) / m);
@@ -100,7 +96,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   const auto products_bytes = [&](int64_t n) { return run.winograd_output_stride(n) * size * size * sizeof(float); };
   const auto panel_of = [&](const float* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
     const Scratch<Products> products(products_bytes(end - begin));
-    if (!run.winograd_output_f32(conv, transformed, stride, begin, end, filter, products.floats())) finite = false;
+    if (!run.winograd_output(conv, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
   };
 
   int64_t block = std::min(most_tiles, block_bytes / tile_bytes);
@@ -114,10 +110,10 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
       if (begin >= end) return;
       const int64_t stride = run.winograd_input_stride(s, block);
       const Scratch<Transformed> transformed(stride * size * size * sizeof(float));
-      run.winograd_input_f32(conv, begin, end, transformed.floats(), stride);
+      run.winograd_input(conv, m, begin, end, transformed.floats(), stride);
       for (int64_t i = 0; i < panels; ++i) panel_of(transformed.floats(), stride, begin, end, i * panel);
     });
-    return {t.result(), finite.load()};
+    return {conv.result(), finite.load()};
   }
   // All threads transform many tiles, then share the panels, so that the weight is read once for all of them.
   for (int64_t begin = 0; begin < tiles; begin += most_tiles) {
@@ -125,7 +121,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
     const Scratch<Transformed> scratch(stride * size * size * sizeof(float));
     float* transformed = scratch.floats();
     for_each_item(count, [&](int64_t i) {
-      run.winograd_input_f32(conv, begin + i, begin + i + 1, transformed + i * row_length, stride);
+      run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_length, stride);
     });
     const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles));
     for_each_item(panels * splits, [&](int64_t item) {
@@ -133,7 +129,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
       panel_of(transformed + first * row_length, stride, begin + first, begin + last, item / splits * panel);
     });
   }
-  return {t.result(), finite.load()};
+  return {conv.result(), finite.load()};
 }
 
 }  // namespace resnet_fast

@@ -24,56 +24,47 @@ struct ConvRow {
   bool relu;
 };
 
-// A convolution as a matrix product; see kernels/conv_gemm.cpp.
-struct ConvGemm {
-  ConvShape shape;
-  const float* input;     // [N, H, W, C]
-  const float* weight;    // [groups][panels of filters][R][S][C / groups][gemm_panel]
-  const float* bias;      // [K], zeros behind up to another gemm_panel
-  const float* residual;  // [N, P, Q, K] or null
-  float* output;          // [N, P, Q, K]
-  const float* zeros;     // [C]
-  bool relu;
-};
+// How a map lies in memory.
+enum class Storage { f32, bf16, f16 };
 
-// A 3x3 convolution with stride 1 by Winograd's algorithm; see kernels/conv_winograd.cpp.
-struct ConvWinograd {
+// A convolution as the kernels take it; all maps in channels_last.
+struct Conv {
   ConvShape shape;
-  int64_t m;            // output tiles are m x m: 2, 4 or 5
-  const float* input;   // [N, H, W, C]
-  const float* weight;  // [panels of filters][(m + 2)^2][C][gemm_panel]
-  const float* bias;    // as above, as all that follow
-  const float* residual;
-  float* output;
-  const float* zeros;
+  const void* input;                // [N, H, W, C]
+  const float* weight;              // packed as the kernel wants it
+  const float* bias;                // [K], zeros behind up to another gemm_panel
+  const void* residual;             // [N, P, Q, K] or null
+  void* output;                     // [N, P, Q, K]
+  const void* zeros;                // [C] of any type: zeros are the same bits
+  Storage input_type, output_type;  // the latter of the residual, too
   bool relu;
 };
 
 // The one list of what a level has: K(result, name, arguments) for functions, C(name) for numbers (int64_t).
-#define RESNET_FAST_LEVEL_LIST(K, C)                                                                                 \
-  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                                     \
-  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                           \
-  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                            \
-  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                     \
-  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                     \
-  K(void, conv_row_f32, (const ConvRow& row))                                                                        \
-  C(conv_block) /* filters that conv_row_f32 computes at a time */                                                   \
-  K(void, conv_gemm_f32,                                                                                             \
-    (const ConvGemm& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,              \
-     int64_t filter_end, void* scratch))                                                                             \
-  K(int64_t, conv_gemm_scratch, (const ConvShape& shape, int64_t pixels)) /* bytes */                                \
-  K(void, winograd_input_f32,                                                                                        \
-    (const ConvWinograd& conv, int64_t begin, int64_t end, float* transformed, int64_t stride))                      \
-  K(bool, winograd_output_f32,                                                                                       \
-    (const ConvWinograd& conv, const float* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter, \
-     float* products))                                                                                               \
-  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                         \
-  K(int64_t, winograd_output_stride, (int64_t tiles))                                                                \
-  C(vector_width) /* floats */                                                                                       \
-  C(gemm_panel)   /* filters in a panel of a packed weight */                                                        \
-  K(float, fma_f32, (int64_t n, float factor))                                                                       \
-  K(float, fma_bf16, (int64_t n, float factor))                                                                      \
-  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */                       \
+#define RESNET_FAST_LEVEL_LIST(K, C)                                                                    \
+  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                        \
+  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))              \
+  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))               \
+  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                        \
+  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                        \
+  K(void, conv_row_f32, (const ConvRow& row))                                                           \
+  C(conv_block) /* filters that conv_row_f32 computes at a time */                                      \
+  K(void, conv_gemm,                                                                                    \
+    (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,     \
+     int64_t filter_end, void* scratch))                                                                \
+  K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                         \
+  K(void, winograd_input,                                                                               \
+    (const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride))      \
+  K(bool, winograd_output,                                                                              \
+    (const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end, \
+     int64_t filter, float* products))                                                                  \
+  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                            \
+  K(int64_t, winograd_output_stride, (int64_t tiles))                                                   \
+  C(vector_width) /* floats */                                                                          \
+  C(gemm_panel)   /* filters in a panel of a packed weight */                                           \
+  K(float, fma_f32, (int64_t n, float factor))                                                          \
+  K(float, fma_bf16, (int64_t n, float factor))                                                         \
+  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */          \
   C(fma_bf16_flops)
 
 #define RESNET_FAST_POINTER(result, name, arguments) result(*name) arguments;

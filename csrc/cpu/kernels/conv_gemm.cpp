@@ -1,4 +1,4 @@
-// Convolution as a matrix product (implicit GEMM), float32: output pixels are the rows, filters the columns, kernel
+// Convolution as a matrix product (implicit GEMM): output pixels are the rows, filters the columns, kernel
 // positions times channels the depth. Compiled once per level (levels.h).
 //
 // Nothing is gathered: each tile reads its input pixels through pointers, one per row and kernel position, which point
@@ -10,35 +10,57 @@
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
 // Pointers of output pixels [begin, end) to their input pixels: [tiles][taps][tile_rows].
-static void find_rows(const ConvGemm& conv, int64_t group, int64_t begin, int64_t end, const float** row) {
+template <typename T>
+static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const T** row) {
   const ConvShape& s = conv.shape;
   const int64_t taps = s.r * s.s;
-  const float* input = conv.input + group * (s.c / s.groups);
+  const T* zeros = static_cast<const T*>(conv.zeros);
+  const T* input = static_cast<const T*>(conv.input) + group * (s.c / s.groups);
   const int64_t tiles = tiles_of(end - begin);
   int64_t tile = 0, tile_begin = begin;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     while (pixel >= begin + (end - begin) * (tile + 1) / tiles) tile_begin = begin + (end - begin) * ++tile / tiles;
     const int64_t i = pixel - tile_begin;
     const int64_t n = pixel / (s.p * s.q), p = pixel / s.q % s.p, q = pixel % s.q;
-    const float** at = row + tile * taps * tile_rows + i;
+    const T** at = row + tile * taps * tile_rows + i;
     for (int64_t r = 0; r < s.r; ++r) {
       const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
       for (int64_t t = 0; t < s.s; ++t, at += tile_rows) {
         const int64_t x = q * s.stride[1] - s.padding[1] + t * s.dilation[1];
         const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
-        *at = inside ? input + ((n * s.h + y) * s.w + x) * s.c : conv.zeros;
+        *at = inside ? input + ((n * s.h + y) * s.w + x) * s.c : zeros;
       }
     }
   }
 }
 
-int64_t conv_gemm_scratch(const ConvShape& s, int64_t pixels) {
-  return tiles_of(pixels) * tile_rows * (s.r * s.s * int64_t(sizeof(float*)) + panel_width * int64_t(sizeof(float)));
+// The same for 1x1 kernels on 16-bit maps: the pixels are widened into `wide` first, once for all panels.
+template <typename T>
+static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const float** row, float* wide) {
+  const int64_t depth = conv.shape.c / conv.shape.groups, tiles = tiles_of(end - begin);
+  find_rows(conv, group, begin, end, reinterpret_cast<const T**>(row));
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t rows = (end - begin) * (tile + 1) / tiles - (end - begin) * tile / tiles;
+    for (int64_t i = 0; i < rows; ++i, wide += depth) {
+      const float** at = row + tile * tile_rows + i;
+      const T* from = reinterpret_cast<const T*>(*at);
+      int64_t k = 0;
+      for (; k + width <= depth; k += width) store(wide + k, load(from + k));
+      if (k < depth) store_part(wide + k, load_part(from + k, depth - k), depth - k);
+      *at = wide;
+    }
+  }
+}
+
+int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
+  const ConvShape& s = conv.shape;
+  const int64_t rows = tiles_of(pixels) * tile_rows, wide = conv.input_type == Storage::f32 ? 0 : s.c / s.groups;
+  return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
 }
 
 // What the loops below agree on: output pixels [begin, begin + pixels) of one group.
 struct Block {
-  const ConvGemm& conv;
+  const Conv& conv;
   int64_t taps, depth;     // kernel positions, channels of the group
   int64_t filters, first;  // of the group; its first one
   const float* weight;     // of the group
@@ -48,30 +70,64 @@ struct Block {
 
 static inline int64_t first_pixel(const Block& b, int64_t tile) { return b.pixels * tile / b.tiles; }
 
-// Where a tile's finished sums go.
+// Stores rows of sums as 16-bit values: what gemm_tile does itself for float32.
+template <typename T>
+static inline void finish(const Block& b, int64_t pixel, int64_t rows, int64_t filter, const float* sums,
+                          int64_t columns) {
+  const int64_t k = b.conv.shape.k, left = b.filters - filter;
+  for (int64_t i = 0; i < rows; ++i, sums += columns) {
+    const int64_t at = (b.begin + pixel + i) * k + b.first + filter;
+    const T* residual = b.conv.residual ? static_cast<const T*>(b.conv.residual) + at : nullptr;
+    T* out = static_cast<T*>(b.conv.output) + at;
+    for (int64_t j = 0; j < columns && j < left; j += width) {
+      vec v = load(sums + j);
+      if (left - j >= width) {
+        if (residual) v += load(residual + j);
+        store(out + j, b.conv.relu ? relu(v) : v);
+      } else {
+        if (residual) v += load_part(residual + j, left - j);
+        store_part(out + j, b.conv.relu ? relu(v) : v, left - j);
+      }
+    }
+  }
+}
+
+static inline void finish(const Block& b, int64_t pixel, int64_t rows, int64_t filter, const float* sums,
+                          int64_t columns) {
+  if (b.conv.output_type == Storage::bf16) return finish<bf16>(b, pixel, rows, filter, sums, columns);
+  finish<f16>(b, pixel, rows, filter, sums, columns);
+}
+
+// Where a tile's finished float32 sums go.
 static inline TileOutput output_of(const Block& b, int64_t pixel, int64_t filter, int64_t columns) {
   const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
-  const float* residual = b.conv.residual ? b.conv.residual + at : nullptr;
-  return {nullptr, 0, b.conv.output + at, residual, k, left < columns ? left : columns, b.conv.relu};
+  const float* residual = b.conv.residual ? static_cast<const float*>(b.conv.residual) + at : nullptr;
+  return {nullptr,    0, static_cast<float*>(b.conv.output) + at, residual, k, left < columns ? left : columns,
+          b.conv.relu};
 }
 
 // Depth that is summed at once: each tile takes all panels in turn, so that outputs are written, and the residual read,
 // row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3 cores, batch 8).
 static void shallow(const Block& b, int64_t filter_begin, int64_t filter_end) {
+  const bool in_float32 = b.conv.output_type == Storage::f32;
   for (int64_t tile = 0; tile < b.tiles; ++tile) {
     const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
     for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
-      const int64_t vectors = vectors_of_panel(b.filters, filter);
-      TileOutput o = output_of(b, pixel, filter, vectors * width);
+      const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
+      float sums[tile_rows * panel_width];
+      TileOutput o{nullptr, 0, sums, nullptr, columns, columns, false};
+      if (in_float32) o = output_of(b, pixel, filter, columns);
       o.start = b.conv.bias + b.first + filter;
       gemm_tiles[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
                                         b.weight + filter * b.taps * b.depth, o);
+      if (!in_float32) finish(b, pixel, rows, filter, sums, columns);
     }
   }
 }
 
 // Greater depth: each chunk of a panel is summed for all tiles in turn, while it is in the L1 cache.
 static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  const bool in_float32 = b.conv.output_type == Storage::f32;
   const int64_t chunk = b.depth < depth_chunk ? b.depth : depth_chunk;
   const int64_t chunk_taps = b.depth < depth_chunk ? depth_chunk / b.depth : 1;
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
@@ -86,36 +142,34 @@ static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float
           const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
           float* sums = partial + pixel * columns;
           TileOutput o{sums, columns, sums, nullptr, columns, columns, false};
-          if (is_last) o = output_of(b, pixel, filter, columns);
+          if (is_last && in_float32) o = output_of(b, pixel, filter, columns);
           o.start = is_first ? b.conv.bias + b.first + filter : sums;
           o.start_stride = is_first ? 0 : columns;
           gemm_tiles[vectors - 1][rows - 1](b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
                                             panel + (tap * b.depth + k) * columns, o);
+          if (is_last && !in_float32) finish(b, pixel, rows, filter, sums, columns);
         }
       }
     }
   }
 }
 
-void conv_gemm_f32(const ConvGemm& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
-                   int64_t filter_end, void* scratch) {
+void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
+               int64_t filter_end, void* scratch) {
   const ConvShape& s = conv.shape;
-  const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups, pixels = pixel_end - pixel_begin;
-  const int64_t padded = (filters + width - 1) / width * width;
+  const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups;
+  const int64_t pixels = pixel_end - pixel_begin, tiles = tiles_of(pixels),
+                padded = (filters + width - 1) / width * width;
   const float** row = static_cast<const float**>(scratch);
-  find_rows(conv, group, pixel_begin, pixel_end, row);
-  const Block block{conv,
-                    taps,
-                    depth,
-                    filters,
-                    group * filters,
-                    conv.weight + group * padded * taps * depth,
-                    pixel_begin,
-                    pixels,
-                    tiles_of(pixels),
-                    row};
+  float* partial = reinterpret_cast<float*>(row + tiles * taps * tile_rows);
+  float* wide = partial + tiles * tile_rows * panel_width;
+  if (conv.input_type == Storage::f32) find_rows(conv, group, pixel_begin, pixel_end, row);
+  if (conv.input_type == Storage::bf16) widen_rows<bf16>(conv, group, pixel_begin, pixel_end, row, wide);
+  if (conv.input_type == Storage::f16) widen_rows<f16>(conv, group, pixel_begin, pixel_end, row, wide);
+  const float* weight = conv.weight + group * padded * taps * depth;
+  const Block block{conv, taps, depth, filters, group * filters, weight, pixel_begin, pixels, tiles, row};
   if (taps * depth <= depth_chunk) return shallow(block, filter_begin, filter_end);
-  deep(block, filter_begin, filter_end, reinterpret_cast<float*>(row + block.tiles * taps * tile_rows));
+  deep(block, filter_begin, filter_end, partial);
 }
 
 extern const int64_t vector_width = width;

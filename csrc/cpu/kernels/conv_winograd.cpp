@@ -1,4 +1,4 @@
-// Winograd convolution F(m x m, 3 x 3), stride 1, float32, for m = 2, 4, 5. Compiled once per level (levels.h).
+// Winograd convolution F(m x m, 3 x 3), stride 1, for m = 2, 4, 5. Compiled once per level (levels.h).
 //
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): m x m outputs come from (m + 2)^2
 // products instead of 9 m^2, after a transform of the input tile (B^T d B) and before one of the products (A^T M A).
@@ -98,15 +98,15 @@ static inline int64_t row_length(const ConvShape& s) { return (s.c + width - 1) 
 static inline int64_t input_stride(const ConvShape& s, int64_t tiles) { return tiles * row_length(s) + 16; }
 static inline int64_t output_stride(int64_t tiles) { return tiles * panel_width + 16; }
 
-template <int m>
-static inline void transform_input(const float* const* pixel,  // [(m + 2)^2]
+template <int m, typename T>
+static inline void transform_input(const T* const* pixel,  // [(m + 2)^2]
                                    int64_t channel, int64_t channels, float* out, int64_t stride) {
   constexpr int size = m + 2;
   vec rows[size][size];
   for (int j = 0; j < size; ++j) {
     vec column[size], t[size];
     for (int i = 0; i < size; ++i) {
-      const float* p = pixel[i * size + j] + channel;
+      const T* p = pixel[i * size + j] + channel;
       column[i] = channels >= width ? load(p) : load_part(p, channels);
     }
     Transform<m>::input(column, t);
@@ -119,19 +119,20 @@ static inline void transform_input(const float* const* pixel,  // [(m + 2)^2]
   }
 }
 
-template <int m>
-static void input_tiles(const ConvWinograd& conv, int64_t begin, int64_t end, float* transformed, int64_t stride) {
+template <int m, typename T>
+static void input_tiles(const Conv& conv, int64_t begin, int64_t end, float* transformed, int64_t stride) {
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
+  const T *input = static_cast<const T*>(conv.input), *zeros = static_cast<const T*>(conv.zeros);
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place_of<m>(s, tile);
-    const float* pixel[size * size];
+    const T* pixel[size * size];
     for (int i = 0; i < size; ++i) {
       const int64_t y = at.y + i - s.padding[0];
       for (int j = 0; j < size; ++j) {
         const int64_t x = at.x + j - s.padding[1];
         const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
-        pixel[i * size + j] = inside ? conv.input + ((at.n * s.h + y) * s.w + x) * s.c : conv.zeros;
+        pixel[i * size + j] = inside ? input + ((at.n * s.h + y) * s.w + x) * s.c : zeros;
       }
     }
     float* out = transformed + (tile - begin) * row_length(s);
@@ -142,8 +143,8 @@ static void input_tiles(const ConvWinograd& conv, int64_t begin, int64_t end, fl
 }
 
 // Output tile at filters [filter, filter + width) from its products. `check` becomes NaN where a result is not finite.
-template <int m>
-static inline void transform_output(const ConvWinograd& conv, const float* products, int64_t stride, const Place& at,
+template <int m, typename T>
+static inline void transform_output(const Conv& conv, const float* products, int64_t stride, const Place& at,
                                     int64_t filter, vec* check) {
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
@@ -157,6 +158,8 @@ static inline void transform_output(const ConvWinograd& conv, const float* produ
   const vec bias = load(conv.bias + filter);
   const int64_t filters = s.k - filter, rows = s.p - at.y, cols = s.q - at.x;
   const int64_t first = ((at.n * s.p + at.y) * s.q + at.x) * s.k + filter;
+  const T* residual = static_cast<const T*>(conv.residual);
+  T* output = static_cast<T*>(conv.output);
   vec sum{};
   for (int i = 0; i < m; ++i) {
     vec t[m];
@@ -168,19 +171,19 @@ static inline void transform_output(const ConvWinograd& conv, const float* produ
       const int64_t to = first + (i * s.q + j) * s.k;
       vec y = t[j] + bias;
       if (filters >= width) {
-        if (conv.residual) y += load(conv.residual + to);
-        store(conv.output + to, conv.relu ? relu(y) : y);
+        if (residual) y += load(residual + to);
+        store(output + to, conv.relu ? relu(y) : y);
       } else {
-        if (conv.residual) y += load_part(conv.residual + to, filters);
-        store_part(conv.output + to, conv.relu ? relu(y) : y, filters);
+        if (residual) y += load_part(residual + to, filters);
+        store_part(output + to, conv.relu ? relu(y) : y, filters);
       }
     }
   }
   *check += sum - sum;
 }
 
-template <int m>
-static bool output_panel(const ConvWinograd& conv, const float* transformed, int64_t stride, int64_t begin, int64_t end,
+template <int m, typename T>
+static bool output_panel(const Conv& conv, const float* transformed, int64_t stride, int64_t begin, int64_t end,
                          int64_t filter, float* products) {
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
@@ -206,25 +209,41 @@ static bool output_panel(const ConvWinograd& conv, const float* transformed, int
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place at = place_of<m>(s, tile);
     for (int64_t j = 0; j < vectors; ++j)
-      transform_output<m>(conv, products + (tile - begin) * columns + j * width, products_stride, at,
-                          filter + j * width, &check);
+      transform_output<m, T>(conv, products + (tile - begin) * columns + j * width, products_stride, at,
+                             filter + j * width, &check);
   }
   bool finite = true;
   for (int i = 0; i < width; ++i) finite = finite && check[i] == 0.0f;
   return finite;
 }
 
-void winograd_input_f32(const ConvWinograd& conv, int64_t begin, int64_t end, float* transformed, int64_t stride) {
-  if (conv.m == 2) return input_tiles<2>(conv, begin, end, transformed, stride);
-  if (conv.m == 4) return input_tiles<4>(conv, begin, end, transformed, stride);
-  input_tiles<5>(conv, begin, end, transformed, stride);
+template <typename T>
+static void input_of_type(const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride) {
+  if (m == 2) return input_tiles<2, T>(conv, begin, end, transformed, stride);
+  if (m == 4) return input_tiles<4, T>(conv, begin, end, transformed, stride);
+  input_tiles<5, T>(conv, begin, end, transformed, stride);
 }
 
-bool winograd_output_f32(const ConvWinograd& conv, const float* transformed, int64_t stride, int64_t begin, int64_t end,
-                         int64_t filter, float* products) {
-  if (conv.m == 2) return output_panel<2>(conv, transformed, stride, begin, end, filter, products);
-  if (conv.m == 4) return output_panel<4>(conv, transformed, stride, begin, end, filter, products);
-  return output_panel<5>(conv, transformed, stride, begin, end, filter, products);
+void winograd_input(const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride) {
+  if (conv.input_type == Storage::f32) return input_of_type<float>(conv, m, begin, end, transformed, stride);
+  if (conv.input_type == Storage::bf16) return input_of_type<bf16>(conv, m, begin, end, transformed, stride);
+  input_of_type<f16>(conv, m, begin, end, transformed, stride);
+}
+
+template <typename T>
+static bool output_of_type(const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin,
+                           int64_t end, int64_t filter, float* products) {
+  if (m == 2) return output_panel<2, T>(conv, transformed, stride, begin, end, filter, products);
+  if (m == 4) return output_panel<4, T>(conv, transformed, stride, begin, end, filter, products);
+  return output_panel<5, T>(conv, transformed, stride, begin, end, filter, products);
+}
+
+bool winograd_output(const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end,
+                     int64_t filter, float* products) {
+  const auto run = conv.output_type == Storage::f32    ? output_of_type<float>
+                   : conv.output_type == Storage::bf16 ? output_of_type<bf16>
+                                                       : output_of_type<f16>;
+  return run(conv, m, transformed, stride, begin, end, filter, products);
 }
 
 int64_t winograd_input_stride(const ConvShape& s, int64_t tiles) { return input_stride(s, tiles); }

@@ -3,7 +3,7 @@
 // levels.h.
 #pragma once
 
-#include <cstdint>
+#include "convert.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
@@ -26,15 +26,66 @@ static inline vec load(const float* p) {
 
 static inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// The first n < width values; the others are zero, or are not stored.
-static inline vec load_part(const float* p, int64_t n) {
-  vec v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+// Values in memory may be of 16 bits; arithmetic never is. A store rounds to nearest, ties to even.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+typedef uint32_t bits32 __attribute__((vector_size(width * sizeof(uint32_t))));
+typedef uint16_t bits16 __attribute__((vector_size(width * sizeof(uint16_t))));
+
+static inline vec load(const bf16* p) {
+  bits16 b;
+  __builtin_memcpy(&b, p, sizeof(b));
+  return (vec)(__builtin_convertvector(b, bits32) << 16);
 }
 
-static inline void store_part(float* p, vec v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+static inline void store(bf16* p, vec v) {
+  const bits32 u = (bits32)v;
+  const bits32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bits32 nan = bits32{} + 0x7fc0u;  // the carry of the rounding could turn a NaN into an infinity
+  const bits16 b = __builtin_convertvector(v != v ? nan : rounded, bits16);
+  __builtin_memcpy(p, &b, sizeof(b));
+}
+
+static inline vec load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vec v;
+  for (int i = 0; i < width; ++i) v[i] = f16_to_float_1(p[i].bits);
+  return v;
+#endif
+}
+
+static inline void store(f16* p, vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < width; ++i) p[i].bits = float_to_f16_1(v[i]);
+#endif
+}
+
+// The first n < width values; the others are zero, or are not stored.
+template <typename T>
+static inline vec load_part(const T* p, int64_t n) {
+  T values[width] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i];
+  return load(values);
+}
+
+template <typename T>
+static inline void store_part(T* p, vec v, int64_t n) {
+  T values[width];
+  store(values, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = values[i];
 }
 
 static inline vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for every x
