@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/map_pool.h"
 #include "dispatch.h"
 
 namespace {
@@ -79,6 +80,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
   m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
+  m.def("_map_pool_bytes() -> int");
+  m.def("_clear_map_pool() -> ()");
   m.def("_cpu_level() -> int");
   m.def("_fma_peak(int iterations, bool bfloat16) -> float");
 }
@@ -86,6 +89,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu_plain));
   m.impl("add_relu", TORCH_BOX(&add_relu_plain));
+  m.impl("_map_pool_bytes", TORCH_BOX(&resnet_fast::map_pool_bytes));
+  m.impl("_clear_map_pool", TORCH_BOX(&resnet_fast::clear_map_pool));
   m.impl("_cpu_level", TORCH_BOX(&resnet_fast::cpu_level_index));
   m.impl("_fma_peak", TORCH_BOX(&resnet_fast::fma_peak));
 }

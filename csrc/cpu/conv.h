@@ -10,6 +10,7 @@
 #include "../conv_shape.h"
 #include "../dispatch.h"
 #include "levels.h"
+#include "map_pool.h"
 #include "ops.h"
 
 namespace resnet_fast {
@@ -58,8 +59,7 @@ struct ConvCall : Conv {
       kept_residual_ = torch::stable::contiguous(to_dtype(*r, x.scalar_type()), MemoryFormat::ChannelsLast);
       residual = kept_residual_.const_data_ptr();
     }
-    out_ = torch::stable::empty({s.n, s.k, s.p, s.q}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                MemoryFormat::ChannelsLast);
+    out_ = empty_map({s.n, s.k, s.p, s.q}, x.scalar_type());
     output = out_.mutable_data_ptr();
     vectors_.resize(s.k + kernels().gemm_panel + s.c + kernels().vector_width);
     std::memcpy(vectors_.data(), b.const_data_ptr(), s.k * sizeof(float));

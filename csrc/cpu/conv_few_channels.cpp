@@ -85,8 +85,7 @@ Tensor conv_few_channels(const Tensor& input,          // [N, C, H, W], any stri
                       packed_weight.size(3) == s.c && packed_weight.size(4) == block,
                   "packed_weight must come from _pack_few_channels and have the input's channels");
   const Tensor x = to_dtype(input, ScalarType::Float);
-  Tensor out = torch::stable::empty({s.n, s.k, s.p, s.q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                    torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor out = empty_map({s.n, s.k, s.p, s.q}, ScalarType::Float);
 
   std::vector<float> padded_bias(packed_weight.size(0) * block);
   std::memcpy(padded_bias.data(), bias.const_data_ptr(), s.k * sizeof(float));
