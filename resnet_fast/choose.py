@@ -162,7 +162,8 @@ class ConvKernel:
     tile: int = 0
 
     def __str__(self) -> str:
-        return f"Winograd F({self.tile},3)" if self.tile else self.name
+        words = {"onednn": "oneDNN", "gemm": "GEMM", "few channels": "direct, few channels"}
+        return f"Winograd F({self.tile},3)" if self.tile else words[self.name]
 
 
 # A weight that comes from memory costs as much as this many multiplications with it (4 bytes at 20-28 GB/s against

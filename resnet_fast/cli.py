@@ -112,7 +112,9 @@ def _info(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     device = _device(args.device)
     model = _builders(args.model).ours().to(device, DTYPES[args.dtype]).train(args.train)
-    found = explain(model)
+    size = (args.batch, 3, args.size, args.size)
+    images = torch.zeros(size, device=device, dtype=DTYPES[args.dtype]) if args.layers else None
+    found = explain(model, images)
     mode = "train" if args.train else "eval"
     if args.json:
         head = {"model": args.model, "device": device.type, "dtype": args.dtype, "mode": mode}
@@ -446,6 +448,10 @@ Without a network the weights cannot be downloaded: then random ones are used an
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     p.add_argument("--device", **device)
     p.add_argument("--train", action="store_true", help="in training mode instead of eval")
+    text = "run the model once and list every convolution with its kernel"
+    p.add_argument("--layers", action="store_true", help=text)
+    p.add_argument("--batch", type=_positive, default=1, metavar="N", help="images for --layers (default: 1)")
+    p.add_argument("--size", type=_positive, default=224, metavar="PX", help="their size (default: 224)")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.set_defaults(run=_explain)
 

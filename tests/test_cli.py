@@ -76,6 +76,15 @@ def test_explain_json(capsys):
     assert (found["model"], found["mode"], len(found["blocks"])) == ("resnet18", "eval", 9)
 
 
+def test_explain_layers(capsys):
+    arguments = ("explain", "resnet18", "--device", "cpu", "--layers", "--batch", "2", "--size", "64")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and "layer4.1.conv2" in out and "2x512x2x2" in out and "of the convolutions' operations" in out
+    code, out, _ = run(capsys, *arguments, "--json")
+    found = json.loads(out)
+    assert len(found["convolutions"]) == 20 and found["own_share"] > 0.9
+
+
 # classify
 
 CLASSIFY = ["classify", PHOTOS[0], "--model", "resnet18"]

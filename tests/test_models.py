@@ -16,6 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import models
+from resnet_fast.bench import layers
 
 NAMES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
@@ -452,6 +453,27 @@ def test_explain_names_every_block(both):
     assert "No block of resnet_fast" in str(resnet_fast.explain(both[1]))
     with resnet_fast.use_backend("reference"):
         assert not any(fused(both[0]))
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "wide_resnet50_2"))
+@pytest.mark.parametrize(("batch", "size"), ((1, 224), (8, 64)))
+def test_our_kernels_compute_nearly_all(name, batch, size):
+    x = torch.zeros(batch, 3, size, size)
+    model = getattr(models, name)().eval()
+    found = resnet_fast.explain(model, x)
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    names = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert len(found.convolutions) == len(convs) and {c.name for c in found.convolutions} == names
+    assert found.own_share >= 0.95 and all(c.kernel.startswith("C++") for c in found.convolutions)
+    assert "Winograd F(" in str(found) and "100.0 %" in str(found)
+    with resnet_fast.use_backend("reference"):
+        plain = resnet_fast.explain(model, x)
+    assert plain.own_share == 0 and {c.kernel for c in plain.convolutions} == {"torch"}
+    assert {c.name: c.flops for c in plain.convolutions} == {c.name: c.flops for c in found.convolutions}
+    assert found.to_dict()["own_share"] == found.own_share
+    if size == 224:
+        table = sum(2 * layer.weights * layer.out_size**2 for layer in layers.read(name))
+        assert sum(c.flops for c in found.convolutions) == table
 
 
 @pytest.mark.gpu

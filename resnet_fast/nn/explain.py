@@ -1,12 +1,16 @@
-"""explain: block by block, whether a model runs fused, on which kernel, or why not."""
+"""explain: block by block, whether a model runs fused, on which kernel, or why not; layer by layer for an input."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops.conv_bn_relu import kernel_for
 from .fused import choice_for
 
 
@@ -22,30 +26,90 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class ConvReport:
+    """One convolution that an input met: the parameter's module, sizes of input [N, C, H, W] and weight, multiplications
+    and additions, the kernel, and whether the kernel is this package's."""
+
+    name: str
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    flops: int
+    kernel: str
+    ours: bool
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header) - 1)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]) for r in [header, *rows]]
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table."""
+    """What `explain` found; prints as a table. ``convolutions`` are those that the input met, if one was given."""
 
     blocks: tuple[BlockReport, ...]
+    convolutions: tuple[ConvReport, ...] = ()
+
+    @property
+    def own_share(self) -> float:
+        """The share of the convolutions' operations that this package's kernels compute, 0 to 1."""
+        total = sum(c.flops for c in self.convolutions)
+        return sum(c.flops for c in self.convolutions if c.ours) / total if total else 0.0
 
     def __str__(self) -> str:
         if not self.blocks:
             return "No block of resnet_fast in this model: every layer runs as torch does."
-        header = ("block", "kind", "runs", "kernel", "why")
         rows = [(b.name, b.kind, "fused" if b.fused else "plain", b.kernel, b.reason) for b in self.blocks]
-        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(4)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[4]]) for r in [header, *rows]]
-        fused = sum(b.fused for b in self.blocks)
-        return "\n".join([*lines, f"{fused} of {len(self.blocks)} blocks fused"])
+        lines = _table(("block", "kind", "runs", "kernel", "why"), rows)
+        lines.append(f"{sum(b.fused for b in self.blocks)} of {len(self.blocks)} blocks fused")
+        if self.convolutions:
+            rows = [
+                (c.name, "x".join(map(str, c.input)), "x".join(map(str, c.weight)), f"{c.flops / 1e9:.3f}", c.kernel)
+                for c in self.convolutions
+            ]
+            lines += ["", *_table(("convolution", "input", "weight", "GFLOP", "kernel"), rows)]
+            lines.append(f"{100 * self.own_share:.1f} % of the convolutions' operations in kernels of resnet_fast")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        return {"blocks": [asdict(b) for b in self.blocks]}
+        found = {"blocks": [asdict(b) for b in self.blocks]}
+        if self.convolutions:
+            found |= {"convolutions": [asdict(c) for c in self.convolutions], "own_share": self.own_share}
+        return found
 
 
-def explain(model: nn.Module) -> Explanation:
+class _Convolutions(TorchDispatchMode):
+    """Notes every convolution that runs, fused or torch's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
+        self.found: list[ConvReport] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.resnet_fast.conv_bn_relu.default:
+            self._note(args[0], args[1], out, *kernel_for(*args))
+        elif func is torch.ops.aten.convolution.default:
+            self._note(args[0], args[1], out, "torch", False)
+        return out
+
+    def _note(self, x: Tensor, weight: Tensor, out: Tensor, kernel: str, ours: bool) -> None:
+        flops = 2 * out.numel() * weight[0].numel()
+        name = self.names.get(id(weight), "?")
+        self.found.append(ConvReport(name, tuple(x.shape), tuple(weight.shape), flops, kernel, ours))
+
+
+def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
     """Says for the stem and every residual block of ``model`` whether it runs fused, on which kernel, or why not.
 
     Judged as the model stands: its mode (train or eval), device, dtype, hooks, and the backend in force. Under
     torch.func transforms, FX tracing and ONNX export every block is plain.
+
+    Args:
+        model: any module; only blocks of this package are looked at.
+        input: what the model takes, [N, C, H, W]. If given, the model runs on it once, without gradients, and the
+            answer has ``convolutions``: which kernel each was computed by.
     """
     blocks = []
     for name, module in model.named_modules():
@@ -65,4 +129,8 @@ def explain(model: nn.Module) -> Explanation:
                 choice.reason if choice is not None else reason,
             )
         )
-    return Explanation(tuple(blocks))
+    if input is None:
+        return Explanation(tuple(blocks))
+    with torch.no_grad(), _Convolutions(model) as convolutions:
+        model(input)
+    return Explanation(tuple(blocks), tuple(convolutions.found))

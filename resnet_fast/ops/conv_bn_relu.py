@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import forced
-from ..choose import choose, choose_for_large, choose_on_cuda, onednn_runs
+from ..backends import cpu_level, forced
+from ..choose import choose, choose_conv_on_cpu, choose_for_large, choose_on_cuda, onednn_runs
 from ..kernels.packing import FoldedConv, Geometry
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
@@ -214,6 +214,26 @@ def _kernel(
                 out = folded.run(input, residual, relu)
             return out
     return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
+
+
+def kernel_for(
+    input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+    stride, padding, dilation, groups, eps, relu,
+) -> tuple[str, bool]:  # fmt: skip
+    """The kernel, in words, that computes the operator for these arguments, and whether it is this package's."""
+    choice = choose("conv_bn_relu", "cpu" if input.is_cpu else "cuda", input.dtype)
+    backend = choice.backend
+    if backend == "cpu":
+        stride, padding, dilation = _pairs(stride, padding, dilation)
+        size = _output_size(input, weight, stride, padding, dilation)
+        has_residual = residual is not None
+        kernel = choose_conv_on_cpu(
+            input.shape, weight.shape, size, stride, dilation, groups, has_residual, input.dtype
+        )
+        return (str(kernel), False) if kernel.name == "onednn" else (f"C++ {cpu_level()}, {kernel}", True)
+    if backend == "cuda" and forced() is None:
+        backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
+    return {"reference": "torch", "cuda": "cuDNN", "triton": "Triton"}[backend], backend == "triton"
 
 
 def _channels_last(t: Tensor) -> Tensor:
