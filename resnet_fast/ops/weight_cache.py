@@ -127,12 +127,13 @@ def cached_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def clear_cache() -> None:
-    """Forgets every packed weight of the operators' and modules' CPU path, and gives the idle memory of feature maps back
-    to the system.
+    """Forgets every packed weight of the operators' and modules' CPU path, and gives the idle memory of feature maps
+    back to the system.
 
-    The former is needed in one case only: single elements of a convolution weight were written through ``.data`` (or by
-    another process sharing its memory). Optimizer steps, `load_state_dict`, replaced parameters, writes through ``.data``
-    that touch a whole tensor, filter or input channel, and any change of a BatchNorm tensor are noticed without it.
+    The former is needed in one case only: single elements of a convolution weight were written through ``.data`` (or
+    by another process sharing its memory). Optimizer steps, `load_state_dict`, replaced parameters, writes through
+    ``.data`` that touch a whole tensor, filter or input channel, and any change of a BatchNorm tensor are noticed
+    without it.
     """
     packed_weights.clear()
     cast_weights.clear()
