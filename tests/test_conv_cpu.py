@@ -1,5 +1,10 @@
 """The CPU's convolution kernels one by one: every kernel at every instruction-set level and edge of its blocking."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,6 +242,13 @@ def test_packed_weight_of_another_convolution_is_refused():
             ops._conv_winograd(x, packed, bias, None, [1, 1], True)
     with pytest.raises(RuntimeError, match="2, 4 or 5 pixels wide, got 3"):
         ops._pack_winograd(weight, 3)
+
+
+def test_kernels_read_nothing_behind_their_arguments():
+    script = Path(__file__).with_name("protected.py")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.stdout == "read nothing behind the end\n", result.stderr[-2000:]
+    assert result.returncode == -signal.SIGSEGV, "the pages behind the arguments were not protected"
 
 
 @pytest.mark.parametrize("level", CPU_LEVELS)

@@ -27,8 +27,8 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class ConvReport:
-    """One convolution that an input met: the parameter's module, sizes of input [N, C, H, W] and weight [K, C / groups, R,
-    S], multiplications and additions, the kernel, and whether the kernel is this package's."""
+    """One convolution that an input met: the module, sizes of input [N, C, H, W] and weight [K, C / groups, R, S],
+    multiplications and additions, the kernel, and whether the kernel is this package's."""
 
     name: str
     input: tuple[int, ...]

@@ -1,0 +1,58 @@
+"""Run by test_conv_cpu.py in a process of its own: inputs, weights and residuals that end where memory does.
+
+A read behind them is a segmentation fault.
+"""
+
+import ctypes
+import mmap
+
+import torch
+
+ops = torch.ops.resnet_fast
+libc = ctypes.CDLL(None, use_errno=True)
+keep = []
+
+
+def at_the_end(t: torch.Tensor) -> torch.Tensor:
+    """A copy of ``t``, in the order of its dimensions, behind whose last byte lies a page that cannot be read."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    keep.append(memory)
+    start = pages * page - size
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=start).view(t.shape)
+    return copy.copy_(t)
+
+
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return at_the_end(t.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+def main() -> None:
+    import resnet_fast  # noqa: F401  (registers the operators)
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for c, k, h, w in ((1, 1, 1, 1), (3, 5, 7, 6), (7, 9, 5, 5), (8, 8, 8, 8), (17, 15, 9, 4), (33, 66, 3, 11)):
+            x, residual = channels_last(torch.randn(2, c, h, w).to(dtype)), torch.randn(2, k, h, w).to(dtype)
+            weight, bias = at_the_end(torch.randn(k, c, 3, 3)), at_the_end(torch.randn(k))
+            point, residual = at_the_end(torch.randn(k, c, 1, 1)), channels_last(residual)
+            geometry = ([1, 1], [1, 1], [1, 1])
+            ops._conv_gemm(x, at_the_end(ops._pack_gemm(weight, 1)), bias, residual, *geometry, 1, True)
+            packed = at_the_end(ops._pack_gemm(point, 1))
+            ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
+            for tile in (2, 4, 5):
+                packed = at_the_end(ops._pack_winograd(weight, tile))
+                ops._conv_winograd(x, packed, bias, residual, [1, 1], True)
+            if c <= 4:
+                ops._conv_few_channels(x, at_the_end(ops._pack_few_channels(weight)), bias, *geometry, True)
+    canary = at_the_end(torch.zeros(4))
+    print("read nothing behind the end", flush=True)
+    ctypes.string_at(canary.data_ptr(), 17)  # that the pages are protected
+
+
+if __name__ == "__main__":
+    main()
