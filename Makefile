@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
-.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest cuda-check clean
+.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest sanitize cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -55,6 +55,14 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_gpu_campaign.py -k "every_step or dry_run"
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every level that this CPU has.
+SANITIZED := build/sanitized
+sanitize: $(SETUP)
+	RESNET_FAST_CUDA=0 RESNET_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) \
+		--build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(BIN)/python -m pytest tests/test_conv_cpu.py -k every_level
 
 $(VENV)/.dev: $(SETUP)
 	$(BIN)/pip install --quiet -e ".[test,dev]"

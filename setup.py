@@ -23,6 +23,10 @@ CUDA_ARCHS = "8.0+PTX;9.0a"  # PTX of 8.0 serves 8.6, 8.9, 10 and 12
 # GCC 12 takes the undefined lanes in its own AVX-512 headers for mistakes (GCC bug 105593).
 KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNEL_FLAGS += ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+# For `make sanitize`: tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU part only.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = SANITIZE if os.environ.get("RESNET_FAST_SANITIZE") == "1" else []
+KERNEL_FLAGS += SANITIZE
 LEVELS = {"portable": []}  # the flags of each level in csrc/cpu/levels.cpp
 if platform.machine().lower() in ("x86_64", "amd64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -98,13 +102,14 @@ def build_arguments(torch):
 
     macros = [("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020b000000000000")]
     # Error messages carry file names: those of the project, not of the machine that built it.
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", f"-ffile-prefix-map={os.getcwd()}/="]
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", f"-ffile-prefix-map={os.getcwd()}/=", *SANITIZE]
     extensions = [
         ce.CppExtension(
             "resnet_fast._C",
             ["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
             define_macros=macros,
             extra_compile_args={"cxx": cxx},
+            extra_link_args=SANITIZE,
             depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
             py_limited_api=True,
         )

@@ -29,12 +29,17 @@ template <typename Purpose>
 class Scratch {
  public:
   static constexpr size_t kept = size_t{64} << 20;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool exact = true;  // so that the sanitizer knows where it ends
+#else
+  static constexpr bool exact = false;
+#endif
 
   explicit Scratch(size_t bytes) {
     Block& block = of_this_thread();
-    if (block.size < bytes) {
+    if (block.size < bytes || exact) {
       block.release();
-      block.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+      block.data = std::aligned_alloc(64, exact ? bytes : (bytes + 63) / 64 * 64);
       if (block.data == nullptr) throw std::bad_alloc();
       block.size = bytes;
     }
