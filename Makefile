@@ -61,8 +61,10 @@ SANITIZED := build/sanitized
 sanitize: $(SETUP)
 	RESNET_FAST_CUDA=0 RESNET_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib $(BIN)/python -m pytest tests/test_conv_cpu.py -k every_level
+	cd $(SANITIZED)/lib && export ASAN_OPTIONS=detect_leaks=0 && \
+		export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" && \
+		$(abspath $(BIN))/python -c "from resnet_fast import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__" && \
+		$(abspath $(BIN))/python -m pytest $(abspath tests/test_conv_cpu.py) -k every_level
 
 $(VENV)/.dev: $(SETUP)
 	$(BIN)/pip install --quiet -e ".[test,dev]"

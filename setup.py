@@ -110,7 +110,7 @@ def build_arguments(torch):
             define_macros=macros,
             extra_compile_args={"cxx": cxx},
             extra_link_args=SANITIZE,
-            depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+            depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/cpu/kernels/*.cpp")),
             py_limited_api=True,
         )
     ]

@@ -39,8 +39,10 @@ class Scratch {
     Block& block = of_this_thread();
     if (block.size < bytes || exact) {
       block.release();
-      block.data = std::aligned_alloc(64, exact ? bytes : (bytes + 63) / 64 * 64);
-      if (block.data == nullptr) throw std::bad_alloc();
+      if (posix_memalign(&block.data, 64, bytes) != 0) {
+        block.data = nullptr;
+        throw std::bad_alloc();
+      }
       block.size = bytes;
     }
     data_ = block.data;
