@@ -170,8 +170,8 @@ class ConvKernel:
 # multiply-adds of 2 Zen 3 cores (98e9 a second), and prefetching hides a part. With 10 the tile that is chosen for the
 # 3x3 layers of ResNet-18 is the fastest one measured or within 8 % of it, at batch 1 (weights from memory) and 8.
 _STREAMING = 10
-# Winograd's transforms, for a value of an input tile and for a product, in multiplications: with 64 channels and filters
-# they take a quarter of the time of the products.
+# Winograd's transforms, for a value of an input tile and for a product, in multiplications: with 64 channels and
+# filters they take a quarter of the time of the products.
 _INPUT_TRANSFORM, _OUTPUT_TRANSFORM = 10, 7
 
 

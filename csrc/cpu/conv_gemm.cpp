@@ -12,7 +12,8 @@ using torch::stable::Tensor;
 struct RowPointers {};
 
 // Bytes of input that a block of output pixels reads again for every panel of filters: half of a small L2 cache. More
-// pixels than the second number gain nothing (one Zen 3 core: 91 GFLOP/s with 96, 92 with 192 for 512 channels at 28x28).
+// pixels than the second number gain nothing (one Zen 3 core: 91 GFLOP/s with 96, 92 with 192 for 512 channels at
+// 28x28).
 constexpr int64_t input_bytes = 192 << 10, most_pixels = 120;
 
 }  // namespace
