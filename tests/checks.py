@@ -49,3 +49,12 @@ def assert_passes_at_level(file: str, level: str, tests: str) -> None:
     run = [sys.executable, "-m", "pytest", file, "-q", "-k", tests, "-p", "no:cacheprovider"]
     result = subprocess.run(run, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+# Ways a map or weight [A, B, C, D] may lie in memory, as functions that make such a copy (or view).
+LAYOUTS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda t: t[:, :, :1].expand_as(t),
+}

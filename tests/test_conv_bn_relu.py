@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import (
+    LAYOUTS,
     UNIT_ROUNDOFF,
     assert_accurate,
     assert_passes_at_level,
@@ -231,15 +232,10 @@ def test_batch_0():
     assert out.shape == (0, 5, 9, 7) and out.dtype == torch.float32
 
 
-@pytest.mark.parametrize("layout", ("channels_last", "sliced", "transposed", "expanded"))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_input_weight_and_residual(layout):
     tensors, how = problem(c=6, k=6, h=8, w=8, residual=True)
-    change = {
-        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-        "sliced": lambda t: torch.empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
-        "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-        "expanded": lambda t: t[:, :, :1].expand_as(t),
-    }[layout]
+    change = LAYOUTS[layout]
     for name in ("input", "weight", "residual"):
         assert_right({**tensors, name: change(tensors[name])}, how)
 

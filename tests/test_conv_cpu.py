@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import UNIT_ROUNDOFF, assert_accurate, assert_passes_at_level, assert_same_special_values, relative_error
+from checks import (
+    LAYOUTS,
+    UNIT_ROUNDOFF,
+    assert_accurate,
+    assert_passes_at_level,
+    assert_same_special_values,
+    relative_error,
+)
 from winograd import LARGEST_ERROR, winograd
 
 from resnet_fast.backends import CPU_LEVELS
@@ -191,16 +198,11 @@ def test_kernels_say_what_is_not_finite(value, tile):
     assert not fast(torch.full_like(x, 3e38), weight, bias, tile)[1]
 
 
-@pytest.mark.parametrize("layout", ("channels_last", "sliced", "transposed", "expanded"))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_strides(layout):
     x, weight, bias = tensors(c=6, k=6, h=8, w=8)
     residual = torch.randn(2, 6, 8, 8)
-    change = {
-        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-        "sliced": lambda t: torch.empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
-        "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-        "expanded": lambda t: t[:, :, :1].expand_as(t),
-    }[layout]
+    change = LAYOUTS[layout]
     for args in (
         (change(x), weight, bias, residual),
         (x, change(weight), bias, residual),

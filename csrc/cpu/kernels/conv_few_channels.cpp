@@ -6,28 +6,15 @@
 // oneDNN vectorises over input channels as well, of which there are 3 here. Input and output layouts differ anyway (the
 // image may be NCHW, the map is NHWC), so the caller copies each input row once and this kernel only sees that copy.
 #include "../levels.h"
+#include "vec.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
 #if defined(__AVX512F__)
-constexpr int width = 16, pixels_per_tile = 12;  // 24 sums + 2 weights + 1 input of 32 registers
-#elif defined(__AVX2__)
-constexpr int width = 8, pixels_per_tile = 6;  // 12 + 2 + 1 of 16
+constexpr int pixels_per_tile = 12;  // 24 sums + 2 weights + 1 input of 32 registers
 #else
-constexpr int width = 4, pixels_per_tile = 6;  // SSE and NEON
+constexpr int pixels_per_tile = 6;  // 12 + 2 + 1 of 16
 #endif
-
-typedef float vec __attribute__((vector_size(width * sizeof(float))));
-
-static inline vec load(const float* p) {
-  vec v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-static inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
-
-static inline vec relu(vec v) { return v < 0.0f ? vec{} : v; }  // NaN stays NaN
 
 // `pixels` output pixels from `pixel` on, filters [filter, filter + 2 * width).
 template <int pixels>
@@ -43,7 +30,7 @@ static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
     const float* xt = x + row.offsets[t];
     const vec w0 = load(w), w1 = load(w + width);
     for (int i = 0; i < pixels; ++i) {
-      const vec xi = xt[i * row.pixel_step] - vec{};  // a broadcast: x - 0 is x for every x
+      const vec xi = broadcast(xt[i * row.pixel_step]);
       sum[i][0] += xi * w0;
       sum[i][1] += xi * w1;
     }
