@@ -27,6 +27,17 @@ Tensor relu(const Tensor& x) { return call("aten::relu", "", x); }
 
 Tensor add_relu_plain(const Tensor& a, const Tensor& b) { return relu(add(a, b)); }
 
+Tensor max_pool_plain(const Tensor& input,  // [N, C, H, W]
+                      std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                      std::vector<int64_t> dilation, bool ceil_mode) {
+  return call("aten::max_pool2d", "", input, kernel_size, stride, padding, dilation, ceil_mode);
+}
+
+Tensor avg_pool_flatten_plain(const Tensor& input) {  // [N, C, H, W]
+  const std::vector<int64_t> size{input.size(0), input.size(1)}, one{1, 1};
+  return call("aten::reshape", "", call("aten::adaptive_avg_pool2d", "", input, one), size);
+}
+
 Tensor conv_bn_relu_plain(const Tensor& input,                     // [N, C, H, W]
                           const Tensor& weight,                    // [K, C / groups, R, S]
                           const std::optional<Tensor>& bias,       // [K]
@@ -44,6 +55,22 @@ Tensor conv_bn_relu_plain(const Tensor& input,                     // [N, C, H, 
   return apply_relu ? relu(out) : out;
 }
 
+Tensor conv_bn_relu_max_pool_plain(const Tensor& input,                     // [N, C, H, W]
+                                   const Tensor& weight,                    // [K, C / groups, R, S]
+                                   const std::optional<Tensor>& bias,       // [K]
+                                   const std::optional<Tensor>& bn_weight,  // [K]
+                                   const std::optional<Tensor>& bn_bias,    // [K]
+                                   const Tensor& running_mean,              // [K]
+                                   const Tensor& running_var,               // [K]
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation, int64_t groups, double eps,
+                                   std::vector<int64_t> pool_kernel_size, std::vector<int64_t> pool_stride,
+                                   std::vector<int64_t> pool_padding) {
+  const Tensor out = conv_bn_relu_plain(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, {}, stride,
+                                        padding, dilation, groups, eps, true);
+  return max_pool_plain(out, pool_kernel_size, pool_stride, pool_padding, {1, 1}, false);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
@@ -52,6 +79,17 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, float eps, bool relu) -> Tensor");
+  // max_pool(relu(batch_norm(conv2d(input, weight, bias)))): the first layers of a network; on the CPU the map between
+  // the two is never written
+  m.def(
+      "conv_bn_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor running_mean, Tensor running_var, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
+      "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding) -> Tensor");
+  m.def(
+      "max_pool(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
+      "-> Tensor");
+  // means over height and width, [N, C]
+  m.def("avg_pool_flatten(Tensor input) -> Tensor");
   // relu(a + b)
   m.def("add_relu(Tensor a, Tensor b) -> Tensor");
 
@@ -69,6 +107,13 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_few_channels(Tensor input, Tensor packed_weight, Tensor bias, int[2] stride, int[2] padding, "
       "int[2] dilation, bool relu) -> Tensor");
+  m.def(
+      "_conv_few_channels_max_pool(Tensor input, Tensor packed_weight, Tensor bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding) -> Tensor");
+  m.def(
+      "_max_pool_cpu(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "int[2] output_size) -> Tensor");
+  m.def("_avg_pool_flatten_cpu(Tensor input) -> Tensor");
   m.def("_pack_gemm(Tensor weight, int groups) -> Tensor");
   m.def("_pack_winograd(Tensor weight, int tile) -> Tensor");
   m.def(
@@ -88,6 +133,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu_plain));
+  m.impl("conv_bn_relu_max_pool", TORCH_BOX(&conv_bn_relu_max_pool_plain));
+  m.impl("max_pool", TORCH_BOX(&max_pool_plain));
+  m.impl("avg_pool_flatten", TORCH_BOX(&avg_pool_flatten_plain));
   m.impl("add_relu", TORCH_BOX(&add_relu_plain));
   m.impl("_map_pool_bytes", TORCH_BOX(&resnet_fast::map_pool_bytes));
   m.impl("_clear_map_pool", TORCH_BOX(&resnet_fast::clear_map_pool));
@@ -99,6 +147,9 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_add_relu_cpu", TORCH_BOX(&resnet_fast::add_relu_cpu));
   m.impl("_pack_few_channels", TORCH_BOX(&resnet_fast::pack_few_channels));
   m.impl("_conv_few_channels", TORCH_BOX(&resnet_fast::conv_few_channels));
+  m.impl("_conv_few_channels_max_pool", TORCH_BOX(&resnet_fast::conv_few_channels_max_pool));
+  m.impl("_max_pool_cpu", TORCH_BOX(&resnet_fast::max_pool_cpu));
+  m.impl("_avg_pool_flatten_cpu", TORCH_BOX(&resnet_fast::avg_pool_flatten_cpu));
   m.impl("_pack_gemm", TORCH_BOX(&resnet_fast::pack_gemm));
   m.impl("_pack_winograd", TORCH_BOX(&resnet_fast::pack_winograd));
   m.impl("_conv_gemm", TORCH_BOX(&resnet_fast::conv_gemm));

@@ -15,12 +15,14 @@
 
 namespace resnet_fast {
 
+// Outputs of a kernel that moves over `size` values, along one dimension.
+inline int64_t output_extent(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
 inline ConvShape conv_shape(const torch::stable::Tensor& input, const torch::stable::Tensor& bias, int64_t r, int64_t s,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {
-  const auto extent = [&](int64_t size, int64_t kernel, int d) {
-    return (size + 2 * padding[d] - dilation[d] * (kernel - 1) - 1) / stride[d] + 1;
-  };
   return {input.size(0),
           input.size(2),
           input.size(3),
@@ -28,8 +30,8 @@ inline ConvShape conv_shape(const torch::stable::Tensor& input, const torch::sta
           bias.size(0),
           r,
           s,
-          extent(input.size(2), r, 0),
-          extent(input.size(3), s, 1),
+          output_extent(input.size(2), r, stride[0], padding[0], dilation[0]),
+          output_extent(input.size(3), s, stride[1], padding[1], dilation[1]),
           {stride[0], stride[1]},
           {padding[0], padding[1]},
           {dilation[0], dilation[1]},
@@ -39,9 +41,11 @@ inline ConvShape conv_shape(const torch::stable::Tensor& input, const torch::sta
 inline Storage storage_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "convolutions on the CPU take float32, bfloat16 or float16");
+                  "the CPU's kernels take float32, bfloat16 or float16");
   return dtype == ScalarType::Float ? Storage::f32 : dtype == ScalarType::BFloat16 ? Storage::bf16 : Storage::f16;
 }
+
+inline int64_t bytes_of(Storage type) { return type == Storage::f32 ? 4 : 2; }
 
 // A convolution as the kernels take it, with what its pointers point at: maps in channels_last, a bias and zeros with
 // room behind.

@@ -1,5 +1,6 @@
-// The host side of the convolution for a network's first layer: packs the weight, splits the output rows over torch's
-// thread pool and copies each input row once into a zero-padded buffer. The loops are in kernels/conv_few_channels.cpp.
+// The host side of the convolution for a network's first layer, alone or with the max-pooling behind it: packs the
+// weight, splits the output rows over torch's thread pool and copies each input row once into a zero-padded buffer. The
+// loops are in kernels/conv_few_channels.cpp and kernels/max_pool.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,6 +8,7 @@
 #include <cstring>
 
 #include "conv.h"
+#include "parallel.h"
 
 namespace resnet_fast {
 namespace {
@@ -14,46 +16,82 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-int64_t row_length(const ConvShape& s) { return s.w + 2 * s.padding[1]; }
+struct PoolBands {};
 
-// Copies row `y` of image `n` into `out`, [C][row_length], whose padding is zero already.
-void copy_row(const Tensor& x, const ConvShape& shape, int64_t n, int64_t y, float* out) {
-  const float* row = static_cast<const float*>(x.const_data_ptr()) + n * x.stride(0) + y * x.stride(2);
-  const int64_t channel_stride = x.stride(1), step = x.stride(3);
-  for (int64_t c = 0; c < shape.c; ++c) {
-    const float* from = row + c * channel_stride;
-    float* to = out + c * row_length(shape) + shape.padding[1];
-    if (step == 1) {
-      std::memcpy(to, from, shape.w * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < shape.w; ++i) to[i] = from[i * step];
-    }
+// The convolution row by row.
+class FewChannels {
+ public:
+  FewChannels(const Tensor& input,          // [N, C, H, W], any strides
+              const Tensor& packed_weight,  // from pack_few_channels
+              const Tensor& bias,           // [K], float32
+              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+              const std::vector<int64_t>& dilation, bool relu)
+      : shape(conv_shape(input, bias, packed_weight.size(1), packed_weight.size(2), stride, padding, dilation, 1)),
+        x_(input),
+        type_(storage_of(input.scalar_type())),
+        bias_(packed_weight.size(0) * kernels().conv_block) {
+    const int64_t block = kernels().conv_block;
+    STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == (shape.k + block - 1) / block &&
+                        packed_weight.size(3) == shape.c && packed_weight.size(4) == block,
+                    "packed_weight must come from _pack_few_channels and have the input's channels");
+    std::memcpy(bias_.data(), bias.const_data_ptr(), shape.k * sizeof(float));
+    for (int64_t r = 0; r < shape.r; ++r)
+      for (int64_t t = 0; t < shape.s; ++t)
+        for (int64_t c = 0; c < shape.c; ++c) offsets_.push_back((r * shape.c + c) * row_length() + t * dilation[1]);
+    row_.offsets = offsets_.data();
+    row_.pixel_step = stride[1];
+    row_.weight = static_cast<const float*>(packed_weight.const_data_ptr());
+    row_.block_stride = shape.r * shape.s * shape.c * block;
+    row_.bias = bias_.data();
+    row_.pixels = shape.q;
+    row_.filters = shape.k;
+    row_.relu = relu;
   }
-}
 
-// Output rows [begin, end) of all n * p.
-void conv_rows(const Tensor& x, const ConvShape& shape, ConvRow row, float* output, int64_t begin, int64_t end) {
-  const int64_t row_size = shape.c * row_length(shape);
-  std::vector<float> rows(shape.r * row_size);
-  const float* weight = row.weight;
-  const int64_t* offsets = row.offsets;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / shape.p, top = i % shape.p * shape.stride[0] - shape.padding[0];
+  // Zeros, one such buffer for a thread: where row() puts the input rows that it reads.
+  std::vector<float> buffer() const { return std::vector<float>(shape.r * shape.c * row_length()); }
+
+  // Output row p of image n, [Q][K].
+  void row(int64_t n, int64_t p, std::vector<float>& buffer, Storage type, void* output) const {
+    const int64_t top = p * shape.stride[0] - shape.padding[0];
     // Kernel rows [first, last) meet the image; the others meet padding and add nothing.
     int64_t first = 0, last = shape.r;
     while (first < last && top + first * shape.dilation[0] < 0) ++first;
     while (last > first && top + (last - 1) * shape.dilation[0] >= shape.h) --last;
     for (int64_t r = first; r < last; ++r)
-      copy_row(x, shape, n, top + r * shape.dilation[0], rows.data() + (r - first) * row_size);
+      copy_row(n, top + r * shape.dilation[0], buffer.data() + (r - first) * shape.c * row_length());
     const int64_t taps_of_row = shape.s * shape.c;
-    row.input = rows.data();
+    ConvRow row = row_;
+    row.input = buffer.data();
     row.taps = (last - first) * taps_of_row;
-    row.weight = weight + first * taps_of_row * kernels().conv_block;
-    row.offsets = offsets;
-    row.output = output + i * shape.q * shape.k;
-    kernels().conv_row_f32(row);
+    row.weight += first * taps_of_row * kernels().conv_block;
+    row.output = output;
+    row.output_type = type;
+    kernels().conv_row(row);
   }
-}
+
+  int64_t multiplications_of_row() const { return shape.q * shape.k * shape.r * shape.s * shape.c; }
+
+  const ConvShape shape;
+
+ private:
+  int64_t row_length() const { return shape.w + 2 * shape.padding[1]; }
+
+  // Row y of image n as [C][row_length] into `out`, whose padding is zero already.
+  void copy_row(int64_t n, int64_t y, float* out) const {
+    const char* data = static_cast<const char*>(x_.const_data_ptr());
+    for (int64_t c = 0; c < shape.c; ++c, out += row_length()) {
+      const int64_t at = n * x_.stride(0) + c * x_.stride(1) + y * x_.stride(2);
+      kernels().widen(data + at * bytes_of(type_), type_, x_.stride(3), shape.w, out + shape.padding[1]);
+    }
+  }
+
+  const Tensor x_;
+  const Storage type_;
+  std::vector<float> bias_;  // [blocks * conv_block]
+  std::vector<int64_t> offsets_;
+  ConvRow row_{};
+};
 
 }  // namespace
 
@@ -73,43 +111,64 @@ Tensor pack_few_channels(const Tensor& weight) {  // [K, C, R, S]
   return packed;
 }
 
-Tensor conv_few_channels(const Tensor& input,          // [N, C, H, W], any strides
-                         const Tensor& packed_weight,  // from pack_few_channels
-                         const Tensor& bias,           // [K], float32
+Tensor conv_few_channels(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                          bool relu) {
-  const int64_t block = kernels().conv_block;
-  const ConvShape s =
-      conv_shape(input, bias, packed_weight.size(1), packed_weight.size(2), stride, padding, dilation, 1);
-  STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == (s.k + block - 1) / block &&
-                      packed_weight.size(3) == s.c && packed_weight.size(4) == block,
-                  "packed_weight must come from _pack_few_channels and have the input's channels");
-  const Tensor x = to_dtype(input, ScalarType::Float);
-  Tensor out = empty_map({s.n, s.k, s.p, s.q}, ScalarType::Float);
+  const FewChannels conv(input, packed_weight, bias, stride, padding, dilation, relu);
+  const ConvShape& s = conv.shape;
+  Tensor out = empty_map({s.n, s.k, s.p, s.q}, input.scalar_type());
+  const Storage type = storage_of(input.scalar_type());
+  char* output = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_bytes = s.q * s.k * bytes_of(type);
+  const int64_t grain = std::max<int64_t>(1, least_work / std::max<int64_t>(1, conv.multiplications_of_row()));
+  torch::stable::parallel_for(0, s.n * s.p, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer = conv.buffer();
+    for (int64_t i = begin; i < end; ++i) conv.row(i / s.p, i % s.p, buffer, type, output + i * row_bytes);
+  });
+  return with_exact_strides(out);
+}
 
-  std::vector<float> padded_bias(packed_weight.size(0) * block);
-  std::memcpy(padded_bias.data(), bias.const_data_ptr(), s.k * sizeof(float));
-  std::vector<int64_t> offsets;
-  for (int64_t r = 0; r < s.r; ++r)
-    for (int64_t t = 0; t < s.s; ++t)
-      for (int64_t c = 0; c < s.c; ++c) offsets.push_back((r * s.c + c) * row_length(s) + t * dilation[1]);
+// A thread keeps as many rows of the convolution as the pooling kernel has (86 KiB for ResNet's stem: they stay in the
+// L2 cache), so that the map between the two, 3.2 MB an image, never exists.
+Tensor conv_few_channels_max_pool(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
+                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                  std::vector<int64_t> dilation, std::vector<int64_t> kernel_size,
+                                  std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding) {
+  const FewChannels conv(input, packed_weight, bias, stride, padding, dilation, true);
+  const ConvShape& s = conv.shape;
+  const int64_t height = output_extent(s.p, kernel_size[0], pool_stride[0], pool_padding[0], 1);
+  const int64_t width = output_extent(s.q, kernel_size[1], pool_stride[1], pool_padding[1], 1);
+  Tensor out = empty_map({s.n, s.k, height, width}, input.scalar_type());
+  const Storage type = storage_of(input.scalar_type());
+  char* output = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_size = s.q * s.k, kept = kernel_size[0];
 
-  ConvRow row{};
-  row.offsets = offsets.data();
-  row.pixel_step = stride[1];
-  row.weight = static_cast<const float*>(packed_weight.const_data_ptr());
-  row.block_stride = s.r * s.s * s.c * block;
-  row.bias = padded_bias.data();
-  row.pixels = s.q;
-  row.filters = s.k;
-  row.relu = relu;
-  float* output = static_cast<float*>(out.mutable_data_ptr());
-  // Less than 2^18 multiplications (6 us at the 90 GFLOP/s that one Zen 3 core reaches) is not worth a second thread.
-  const int64_t work = s.q * s.k * s.r * s.s * s.c;
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, s.n * s.p, grain,
-                              [&](int64_t begin, int64_t end) { conv_rows(x, s, row, output, begin, end); });
-  return with_exact_strides(to_dtype(out, input.scalar_type()));
+  // Bands of output rows: whole images if there are enough of them, since where two bands meet both compute a row.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = s.n == 0 ? 1 : (2 * threads + s.n - 1) / s.n;
+  const int64_t bands = s.n >= threads && s.n % threads == 0 ? 1 : std::clamp<int64_t>(wanted, 1, height);
+  for_each_item(s.n * bands, s.n * s.p * conv.multiplications_of_row(), [&](int64_t item) {
+    const int64_t n = item / bands, band = item % bands;
+    std::vector<float> buffer = conv.buffer();
+    const Scratch<PoolBands> scratch(kept * row_size * sizeof(float));
+    std::vector<int64_t> holds(kept, -1);  // which row lies where
+    std::vector<const void*> rows(kept);
+    PoolRow pool{rows.data(),     0, s.q,     s.k,   kernel_size[1], pool_stride[1],
+                 pool_padding[1], 1, nullptr, width, Storage::f32,   type};
+    for (int64_t i = height * band / bands; i < height * (band + 1) / bands; ++i) {
+      const int64_t top = i * pool_stride[0] - pool_padding[0];
+      pool.num_rows = 0;
+      for (int64_t p = std::max<int64_t>(top, 0); p < std::min(top + kept, s.p); ++p) {
+        float* row = scratch.floats() + p % kept * row_size;
+        if (holds[p % kept] != p) conv.row(n, p, buffer, Storage::f32, row);
+        holds[p % kept] = p;
+        rows[pool.num_rows++] = row;
+      }
+      pool.output = output + (n * height + i) * width * s.k * bytes_of(type);
+      kernels().max_pool_row(pool);
+    }
+  });
+  return with_exact_strides(out);
 }
 
 }  // namespace resnet_fast

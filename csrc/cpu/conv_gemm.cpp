@@ -26,7 +26,7 @@ Tensor pack_gemm(const Tensor& weight, int64_t groups) {  // [K, C / groups, R, 
   Tensor packed = torch::stable::empty({groups, padded, w.size(2), w.size(3), depth});
   const float* from = static_cast<const float*>(w.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
-  for_each_item(groups * panels, [&](int64_t item) {
+  for_each_item(groups * panels, w.numel(), [&](int64_t item) {
     const int64_t group = item / panels, first = item % panels * panel;
     const int64_t columns = std::min(panel, padded - first);
     float* out = to + (group * padded + first) * taps * depth;
@@ -64,7 +64,7 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
   if (split_pixels) blocks = (blocks + threads - 1) / threads * threads;
   block = (pixels + blocks - 1) / blocks;
   const int64_t splits = split_pixels ? 1 : std::min(panels, 4 * threads);
-  for_each_item(groups * blocks * splits, [&](int64_t item) {
+  for_each_item(groups * blocks * splits, pixels * s.k * depth * taps, [&](int64_t item) {
     const int64_t split = item % splits, begin = item / splits % blocks * block, group = item / splits / blocks;
     const int64_t end = std::min(pixels, begin + block);
     if (begin >= end) return;

@@ -52,7 +52,7 @@ Tensor pack_winograd(const Tensor& weight, int64_t m) {  // [K, C, 3, 3]
   Tensor packed = torch::stable::empty({padded, size * size, channels});
   const float* from = static_cast<const float*>(w.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
-  for_each_item((padded + panel - 1) / panel, [&](int64_t item) {
+  for_each_item((padded + panel - 1) / panel, 8 * padded * channels, [&](int64_t item) {
     const int64_t first = item * panel, columns = std::min(panel, padded - first);
     float* out = to + first * size * size * channels;
     for (int64_t c = 0; c < channels; ++c) {
@@ -89,6 +89,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   if (s.n == 0) return {conv.result(), true};
 
   const Kernels& run = kernels();
+  const int64_t work = s.n * s.p * s.q * s.k * s.c * (size * size) / (m * m);
   const int64_t tiles = s.n * ((s.p + m - 1) / m) * ((s.q + m - 1) / m);
   const int64_t panels = (s.k + panel - 1) / panel, threads = torch::stable::get_num_threads();
   const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * int64_t(sizeof(float));
@@ -105,7 +106,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
     int64_t blocks = (tiles + block - 1) / block;
     blocks = (blocks + threads - 1) / threads * threads;
     block = (tiles + blocks - 1) / blocks;
-    for_each_item(blocks, [&](int64_t item) {
+    for_each_item(blocks, work, [&](int64_t item) {
       const int64_t begin = item * block, end = std::min(tiles, begin + block);
       if (begin >= end) return;
       const int64_t stride = run.winograd_input_stride(s, block);
@@ -120,11 +121,11 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
     const int64_t count = std::min(tiles - begin, most_tiles), stride = run.winograd_input_stride(s, count);
     const Scratch<Transformed> scratch(stride * size * size * sizeof(float));
     float* transformed = scratch.floats();
-    for_each_item(count, [&](int64_t i) {
+    for_each_item(count, 8 * count * size * size * s.c, [&](int64_t i) {
       run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_length, stride);
     });
     const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles));
-    for_each_item(panels * splits, [&](int64_t item) {
+    for_each_item(panels * splits, work, [&](int64_t item) {
       const int64_t split = item % splits, first = count * split / splits, last = count * (split + 1) / splits;
       panel_of(transformed + first * row_length, stride, begin + first, begin + last, item / splits * panel);
     });

@@ -10,6 +10,9 @@
 
 namespace resnet_fast {
 
+// How values lie in memory.
+enum class Storage { f32, bf16, f16 };
+
 // One row of output pixels of a convolution with few input channels; see kernels/conv_few_channels.cpp.
 struct ConvRow {
   const float* input;      // the input rows that the kernel's rows meet; zeros stand for the padding left and right
@@ -19,13 +22,21 @@ struct ConvRow {
   const float* weight;     // [blocks of filters][tap][conv_block], zeros behind the last filter
   int64_t block_stride;    // from one block of filters to the next in `weight`
   const float* bias;       // [filters], zeros up to a multiple of conv_block
-  float* output;           // [pixels][filters]
+  void* output;            // [pixels][filters]
+  Storage output_type;
   int64_t pixels, filters;
   bool relu;
 };
 
-// How a map lies in memory.
-enum class Storage { f32, bf16, f16 };
+// One row of output pixels of a max-pooling; see kernels/max_pool.cpp.
+struct PoolRow {
+  const void* const* rows;  // [num_rows], each [width][channels]: those of the kernel's rows that meet the map
+  int64_t num_rows, width, channels;
+  int64_t kernel, stride, padding, dilation;  // along the row
+  void* output;                               // [pixels][channels]
+  int64_t pixels;
+  Storage input_type, output_type;  // the same, or the first is f32
+};
 
 // A convolution as the kernels take it; all maps in channels_last.
 struct Conv {
@@ -41,30 +52,35 @@ struct Conv {
 };
 
 // The one list of what a level has: K(result, name, arguments) for functions, C(name) for numbers (int64_t).
-#define RESNET_FAST_LEVEL_LIST(K, C)                                                                    \
-  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                        \
-  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))              \
-  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))               \
-  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                        \
-  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                        \
-  K(void, conv_row_f32, (const ConvRow& row))                                                           \
-  C(conv_block) /* filters that conv_row_f32 computes at a time */                                      \
-  K(void, conv_gemm,                                                                                    \
-    (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,     \
-     int64_t filter_end, void* scratch))                                                                \
-  K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                         \
-  K(void, winograd_input,                                                                               \
-    (const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride))      \
-  K(bool, winograd_output,                                                                              \
-    (const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end, \
-     int64_t filter, float* products))                                                                  \
-  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                            \
-  K(int64_t, winograd_output_stride, (int64_t tiles))                                                   \
-  C(vector_width) /* floats */                                                                          \
-  C(gemm_panel)   /* filters in a panel of a packed weight */                                           \
-  K(float, fma_f32, (int64_t n, float factor))                                                          \
-  K(float, fma_bf16, (int64_t n, float factor))                                                         \
-  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */          \
+#define RESNET_FAST_LEVEL_LIST(K, C)                                                                             \
+  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                                 \
+  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                       \
+  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                        \
+  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                 \
+  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                 \
+  K(void, conv_row, (const ConvRow& row))                                                                        \
+  C(conv_block) /* filters that conv_row computes at a time */                                                   \
+  K(void, widen, (const void* from, Storage type, int64_t step, int64_t n, float* to))                           \
+  K(void, max_pool_row, (const PoolRow& row))                                                                    \
+  K(void, avg_pool,                                                                                              \
+    (const void* map, Storage type, bool channels_last, int64_t pixels, int64_t channels, int64_t channel_begin, \
+     int64_t channel_end, void* output))                                                                         \
+  K(void, conv_gemm,                                                                                             \
+    (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,              \
+     int64_t filter_end, void* scratch))                                                                         \
+  K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                                  \
+  K(void, winograd_input,                                                                                        \
+    (const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride))               \
+  K(bool, winograd_output,                                                                                       \
+    (const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end,          \
+     int64_t filter, float* products))                                                                           \
+  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                     \
+  K(int64_t, winograd_output_stride, (int64_t tiles))                                                            \
+  C(vector_width) /* floats */                                                                                   \
+  C(gemm_panel)   /* filters in a panel of a packed weight */                                                    \
+  K(float, fma_f32, (int64_t n, float factor))                                                                   \
+  K(float, fma_bf16, (int64_t n, float factor))                                                                  \
+  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */                   \
   C(fma_bf16_flops)
 
 #define RESNET_FAST_POINTER(result, name, arguments) result(*name) arguments;

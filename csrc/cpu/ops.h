@@ -25,6 +25,13 @@ torch::stable::Tensor pack_few_channels(const torch::stable::Tensor& weight);
 torch::stable::Tensor conv_few_channels(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                         const torch::stable::Tensor& bias, std::vector<int64_t> stride,
                                         std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
+// max_pool(conv_few_channels(...)), with a ReLU between.
+torch::stable::Tensor conv_few_channels_max_pool(const torch::stable::Tensor& input,
+                                                 const torch::stable::Tensor& packed_weight,
+                                                 const torch::stable::Tensor& bias, std::vector<int64_t> stride,
+                                                 std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                 std::vector<int64_t> pool_kernel_size,
+                                                 std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding);
 
 torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups);
 torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
@@ -41,6 +48,14 @@ std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tenso
                                                       const torch::stable::Tensor& bias,
                                                       const std::optional<torch::stable::Tensor>& residual,
                                                       std::vector<int64_t> padding, bool relu);
+
+// `output_size`: height and width. What of a kernel lies outside the map counts for nothing.
+torch::stable::Tensor max_pool_cpu(const torch::stable::Tensor& input, std::vector<int64_t> kernel_size,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation, std::vector<int64_t> output_size);
+
+// [N, C]: means over height and width.
+torch::stable::Tensor avg_pool_flatten_cpu(const torch::stable::Tensor& input);
 
 // True if no element is NaN or infinite. `input` must be dense (any order of dimensions).
 bool all_finite(const torch::stable::Tensor& input);

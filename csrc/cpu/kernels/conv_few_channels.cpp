@@ -1,5 +1,5 @@
-// Direct convolution for a network's first layer: one to four input channels, float32. Compiled once per level
-// (levels.h).
+// Direct convolution for a network's first layer: one to four input channels, computed in float32. Compiled once per
+// level (levels.h).
 //
 // A tile of `pixels_per_tile` output pixels and two vectors of filters stays in registers while all taps (kernel
 // positions times channels) pass by: per tap two weight loads and one broadcast per pixel feed twice as many FMAs.
@@ -17,7 +17,7 @@ constexpr int pixels_per_tile = 6;  // 12 + 2 + 1 of 16
 #endif
 
 // `pixels` output pixels from `pixel` on, filters [filter, filter + 2 * width).
-template <int pixels>
+template <int pixels, typename T>
 static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
   const float* x = row.input + pixel * row.pixel_step;
   const float* w = row.weight + filter / (2 * width) * row.block_stride;
@@ -38,12 +38,12 @@ static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
   const int64_t left = row.filters - filter;
   for (int i = 0; i < pixels; ++i) {
     const vec a = row.relu ? relu(sum[i][0]) : sum[i][0], b = row.relu ? relu(sum[i][1]) : sum[i][1];
-    float* out = row.output + (pixel + i) * row.filters + filter;
+    T* out = static_cast<T*>(row.output) + (pixel + i) * row.filters + filter;
     if (left >= 2 * width) {
       store(out, a);
       store(out + width, b);
     } else {
-      float both[2 * width];
+      T both[2 * width];
       store(both, a);
       store(both + width, b);
       for (int64_t k = 0; k < left; ++k) out[k] = both[k];
@@ -55,20 +55,42 @@ static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
 // hyperthreads share it.
 constexpr int64_t chunk = 48;
 
-void conv_row_f32(const ConvRow& row) {
+template <typename T>
+static void conv_row_into(const ConvRow& row) {
   for (int64_t start = 0; start < row.pixels; start += chunk) {
     const int64_t end = start + chunk < row.pixels ? start + chunk : row.pixels;
     for (int64_t filter = 0; filter < row.filters; filter += 2 * width) {
       int64_t pixel = start;
-      for (; pixel + pixels_per_tile <= end; pixel += pixels_per_tile) tile<pixels_per_tile>(row, pixel, filter);
+      for (; pixel + pixels_per_tile <= end; pixel += pixels_per_tile) tile<pixels_per_tile, T>(row, pixel, filter);
       if (pixel == end) continue;
       if (end >= pixels_per_tile) {  // the last tile overlaps the one before and computes the same values again
-        tile<pixels_per_tile>(row, end - pixels_per_tile, filter);
+        tile<pixels_per_tile, T>(row, end - pixels_per_tile, filter);
       } else {
-        for (; pixel < end; ++pixel) tile<1>(row, pixel, filter);
+        for (; pixel < end; ++pixel) tile<1, T>(row, pixel, filter);
       }
     }
   }
+}
+
+void conv_row(const ConvRow& row) {
+  if (row.output_type == Storage::f32) return conv_row_into<float>(row);
+  if (row.output_type == Storage::bf16) return conv_row_into<bf16>(row);
+  conv_row_into<f16>(row);
+}
+
+template <typename T>
+static void widen_values(const T* from, int64_t step, int64_t n, float* to) {
+  int64_t i = 0;
+  if (step == 1)
+    for (; i + width <= n; i += width) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = load_part(from + i * step, 1)[0];
+}
+
+// n values of any type, `step` apart, as float32.
+void widen(const void* from, Storage type, int64_t step, int64_t n, float* to) {
+  if (type == Storage::f32) return widen_values(static_cast<const float*>(from), step, n, to);
+  if (type == Storage::bf16) return widen_values(static_cast<const bf16*>(from), step, n, to);
+  widen_values(static_cast<const f16*>(from), step, n, to);
 }
 
 extern const int64_t conv_block = 2 * width;

@@ -1,0 +1,30 @@
+// The host side of the global average pool on the CPU; the loops are in kernels/avg_pool.cpp.
+#include <torch/csrc/stable/ops.h>
+
+#include "conv.h"
+#include "parallel.h"
+
+namespace resnet_fast {
+
+using torch::stable::Tensor;
+
+Tensor avg_pool_flatten_cpu(const Tensor& input) {  // [N, C, H, W], any strides; returns [N, C]
+  const bool planes = input.is_contiguous();
+  const Tensor x = planes ? input : torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast);
+  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+  Tensor out = torch::stable::empty({n, c}, x.scalar_type());
+  const Storage type = storage_of(x.scalar_type());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  // Channels that a thread takes at a time: whole cache lines of the output, and enough to be worth waking it.
+  constexpr int64_t block = 256;
+  const int64_t blocks = (c + block - 1) / block;
+  for_each_item(n * blocks, n * c * pixels * 8, [&](int64_t item) {
+    const int64_t image = item / blocks, first = item % blocks * block;
+    kernels().avg_pool(from + image * c * pixels * bytes_of(type), type, !planes, pixels, c, first,
+                       std::min(c, first + block), to + image * c * bytes_of(type));
+  });
+  return out;
+}
+
+}  // namespace resnet_fast
