@@ -31,14 +31,20 @@ std::vector<std::array<double, 3>> weight_transform(int64_t m) {
   return rows;
 }
 
-// Bytes of transformed input that one thread works on at a time, so that they stay in its L2 cache with what else
-// passes through: half of a small one.
-constexpr int64_t block_bytes = 224 << 10;
-// With fewer tiles in a block, reading the weight for each block costs more than all threads' sharing a larger one;
-// with not more in all than the second number they share anyway. Measured on 2 Zen 3 cores at batch 8, GFLOP/s of
-// blocks and of sharing: 372 and 334 for 128 channels (12 tiles in a block), 355 and 407 for 256 (4 to 12), 260 and 282
-// for 512.
+// How the work is shared. Either each thread takes blocks of tiles through all panels of filters and reads the weight
+// for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
+// once. Blocks are faster as long as least_tiles of them fit into the L2 cache with the products, GFLOP/s of blocks and
+// of sharing at batch 8: 372 and 334 for 128 channels, 355 and 407 for 256 (2 Zen 3 cores, 512 KiB of L2 cache), 1800
+// and 1600 for 256 (2 Zen 5 cores, 1 MiB).
 constexpr int64_t least_tiles = 12, most_tiles = 96;
+
+// Tiles of a block, of which each thread gets as many; 0: the threads share.
+int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
+  if (least_tiles * tile_bytes > l2_bytes() * 5 / 8 || tiles < least_tiles * threads) return 0;
+  const int64_t most = std::clamp(l2_bytes() * 7 / 16 / tile_bytes, least_tiles, most_tiles);
+  const int64_t rounds = (tiles + most * threads - 1) / (most * threads);
+  return (tiles + rounds * threads - 1) / (rounds * threads);
+}
 
 }  // namespace
 
@@ -100,15 +106,11 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
     if (!run.winograd_output(conv, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
   };
 
-  int64_t block = std::min(most_tiles, block_bytes / tile_bytes);
-  if (block >= least_tiles && tiles > most_tiles) {
-    // Each thread takes blocks of tiles through all panels. The number of blocks is a multiple of the threads'.
-    int64_t blocks = (tiles + block - 1) / block;
-    blocks = (blocks + threads - 1) / threads * threads;
-    block = (tiles + blocks - 1) / blocks;
+  const int64_t block = tiles_of_block(tiles, tile_bytes, threads);
+  if (block > 0) {
+    const int64_t blocks = (tiles + block - 1) / block;
     for_each_item(blocks, work, [&](int64_t item) {
       const int64_t begin = item * block, end = std::min(tiles, begin + block);
-      if (begin >= end) return;
       const int64_t stride = run.winograd_input_stride(s, block);
       const Scratch<Transformed> transformed(stride * size * size * sizeof(float));
       run.winograd_input(conv, m, begin, end, transformed.floats(), stride);
@@ -116,7 +118,6 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
     });
     return {conv.result(), finite.load()};
   }
-  // All threads transform many tiles, then share the panels, so that the weight is read once for all of them.
   for (int64_t begin = 0; begin < tiles; begin += most_tiles) {
     const int64_t count = std::min(tiles - begin, most_tiles), stride = run.winograd_input_stride(s, count);
     const Scratch<Transformed> scratch(stride * size * size * sizeof(float));

@@ -199,8 +199,8 @@ static bool output_panel(const Conv& conv, const float* transformed, int64_t str
         for (int64_t i = 0; i < rows; ++i) row[i] = transformed + xi * stride + (first + i) * row_length(s);
         float* out = products + xi * products_stride + first * columns;
         const float* start = k == 0 ? nullptr : out;
-        gemm_tiles[vectors - 1][rows - 1](row, 1, k, depth, panel,
-                                          {start, columns, out, nullptr, columns, columns, false});
+        GemmTiles<float>::of[vectors - 1][rows - 1](row, 1, k, depth, panel,
+                                                    {start, columns, out, nullptr, columns, columns, false});
       }
       panel += depth * columns;
     }

@@ -21,74 +21,87 @@ static inline int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / t
 
 // Where a tile's sums start and go.
 struct TileOutput {
-  const float* start;  // [rows][vectors * width] with rows `start_stride` apart: 0 for a bias
+  const float* start;  // [rows][vectors * width] with rows `start_stride` apart: 0 for a bias; null for zeros
   int64_t start_stride;
-  float* out;             // [rows][columns]
-  const float* residual;  // the same, or null
-  int64_t out_stride;     // from row to row of both
-  int64_t columns;        // filters that exist; those behind them are computed but not stored
+  void* out;             // [rows][columns]
+  const void* residual;  // the same, or null
+  int64_t out_stride;    // from row to row of both
+  int64_t columns;       // filters that exist; those behind them are computed but not stored
   bool relu;
 };
 
-template <int rows, int vectors>
+template <typename Out, int rows, int vectors>
 static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
-  const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
+  const Out* residual = static_cast<const Out*>(o.residual);
+  Out* out = static_cast<Out*>(o.out);
   if (o.start) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.start + i * o.start_stride + j * width); });
   if (o.columns == vectors * width) {
-    if (o.residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.residual + at(i, j)); });
+    const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
+    if (residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(residual + at(i, j)); });
     if (o.relu) each<rows, vectors>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
-    each<rows, vectors>([&](int i, int j) { store(o.out + at(i, j), sum[i][j]); });
+    each<rows, vectors>([&](int i, int j) { store(out + at(i, j), sum[i][j]); });
     return;
   }
+  float values[rows * vectors * width];
+  each<rows, vectors>([&](int i, int j) { store(values + (i * vectors + j) * width, sum[i][j]); });
   for (int i = 0; i < rows; ++i) {
-    float values[vectors * width];
-    for (int j = 0; j < vectors; ++j) store(values + j * width, sum[i][j]);
-    for (int64_t k = 0; k < o.columns; ++k) {
-      const float v = o.residual ? values[k] + o.residual[at(i, 0) + k] : values[k];
-      o.out[at(i, 0) + k] = o.relu && v < 0.0f ? 0.0f : v;
+    for (int64_t j = 0; j < o.columns; j += width) {
+      const int64_t left = o.columns - j, at = i * o.out_stride + j;
+      vec v = load(values + i * vectors * width + j);
+      if (residual) v += load_part(residual + at, left);
+      store_part(out + at, o.relu ? relu(v) : v, left);
     }
   }
 }
 
 // out = relu(start + sum over taps and depth of rows * panel + residual)
-template <int rows, int vectors>
-static void gemm_tile(const float* const* row,  // [taps][tile_rows]
-                      int64_t taps,
-                      int64_t offset,  // into every row
-                      int64_t depth,
-                      const float* panel,  // [taps][depth][vectors * width]
-                      const TileOutput& o) {
+template <int rows, int vectors, typename Out>
+static __attribute__((flatten)) void gemm_tile(
+    const float* const* row,  // [taps][tile_rows]; row[tap][0] is null for zeros
+    int64_t taps,
+    int64_t offset,  // into every row
+    int64_t depth,
+    const float* panel,  // [taps][depth][vectors * width]
+    const TileOutput& o) {
   vec sum[rows][vectors];
   each<rows, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
   for (int64_t t = 0; t < taps; ++t, row += tile_rows) {
+    if (row[0] == nullptr) {
+      panel += depth * vectors * width;
+      continue;
+    }
     const float* a[rows];
-    for (int i = 0; i < rows; ++i) a[i] = row[i] + offset;
+    each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
     for (int64_t k = 0; k < depth; ++k, panel += vectors * width) {
       __builtin_prefetch(panel + prefetch_steps * vectors * width);
-      vec b[vectors];
-      for (int j = 0; j < vectors; ++j) b[j] = load(panel + j * width);
-      for (int i = 0; i < rows; ++i) {
-        const vec x = broadcast(a[i][k]);
-        for (int j = 0; j < vectors; ++j) sum[i][j] += x * b[j];
-      }
+      vec b[vectors], x;
+      each<vectors, 1>([&](int j, int) { b[j] = load(panel + j * width); });
+      each<rows, vectors>([&](int i, int j) {
+        if (j == 0) x = broadcast(a[i][k]);
+        sum[i][j] += x * b[j];
+      });
     }
   }
-  store_tile(sum, o);
+  store_tile<Out>(sum, o);
 }
 
 typedef void (*GemmTile)(const float* const*, int64_t, int64_t, int64_t, const float*, const TileOutput&);
 
-#define RESNET_FAST_TILES(vectors)                                      \
-  {gemm_tile<1, vectors>, gemm_tile<2, vectors>, gemm_tile<3, vectors>, \
-   gemm_tile<4, vectors>, gemm_tile<5, vectors>, gemm_tile<6, vectors>}
-static_assert(tile_rows == 6);
-static const GemmTile gemm_tiles[panel_vectors][tile_rows] = {
-    RESNET_FAST_TILES(1),
-    RESNET_FAST_TILES(2),
+// By vectors of the panel and rows, less one each.
+template <typename Out>
+struct GemmTiles {
+  static_assert(tile_rows == 6);
+#define RESNET_FAST_TILES(vectors)                                                     \
+  {gemm_tile<1, vectors, Out>, gemm_tile<2, vectors, Out>, gemm_tile<3, vectors, Out>, \
+   gemm_tile<4, vectors, Out>, gemm_tile<5, vectors, Out>, gemm_tile<6, vectors, Out>}
+  static constexpr GemmTile of[panel_vectors][tile_rows] = {
+      RESNET_FAST_TILES(1),
+      RESNET_FAST_TILES(2),
 #if defined(__AVX512F__)
-    RESNET_FAST_TILES(3),
-    RESNET_FAST_TILES(4),
+      RESNET_FAST_TILES(3),
+      RESNET_FAST_TILES(4),
 #endif
+  };
 };
 
 // Vectors of the panel that starts at `filter`: the last one of a group is as narrow as its filters allow.
