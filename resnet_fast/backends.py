@@ -30,7 +30,7 @@ else:
         _cuda_library_error = "built without CUDA kernels (no nvcc at install time)" if missing else str(error)
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-CPU_LEVELS = ("portable", "avx2", "avx512")  # as in csrc/cpu/levels.cpp
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
 
 # Asked at import, outside any tracing mode, since operators called under one are traced instead of run.
 _cpu_level, _cpu_level_error = "", ""
@@ -59,7 +59,7 @@ class Backend:
 
 
 def cpu_level() -> str:
-    """Instruction-set level of the C++ kernels in use: ``portable``, ``avx2`` or ``avx512``.
+    """Instruction-set level of the C++ kernels in use: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``.
 
     Raises RuntimeError if ``RESNET_FAST_CPU_LEVEL`` names one that is unknown or that this CPU does not have.
     """

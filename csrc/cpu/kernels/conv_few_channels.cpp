@@ -38,7 +38,7 @@ static __attribute__((flatten)) void tile(const ConvRow& row, int64_t pixel, int
   each<pixels, 2>([&](int i, int j) {
     T* to = out + i * row.filters + j * width;
     if (left >= (j + 1) * width) {
-      store(to, sum[i][j]);
+      store_rounded(to, sum[i][j]);
     } else if (left > j * width) {
       store_part(to, sum[i][j], left - j * width);
     }

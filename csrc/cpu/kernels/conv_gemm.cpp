@@ -31,6 +31,11 @@ static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t en
   const T* zeros = static_cast<const T*>(conv.zeros);
   const T* input = static_cast<const T*>(conv.input) + group * (s.c / s.groups);
   const int64_t tiles = tiles_of(end - begin), taps = s.r * s.s;
+  if (taps == 1 && s.stride[0] == 1 && s.stride[1] == 1 && s.p == s.h && s.q == s.w) {  // pixel for pixel
+    for (int64_t tile = 0, i = 0; tile < tiles; ++tile, row += tile_rows)
+      for (int64_t first = i; i < (end - begin) * (tile + 1) / tiles; ++i) row[i - first] = input + (begin + i) * s.c;
+    return;
+  }
   int64_t n = begin / (s.p * s.q), p = begin / s.q % s.p, q = begin % s.q;
   for (int64_t tile = 0; tile < tiles; ++tile, row += taps * tile_rows) {
     const int64_t rows = (end - begin) * (tile + 1) / tiles - (end - begin) * tile / tiles;
@@ -58,6 +63,7 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
     for (int64_t i = 0; i < rows; ++i, wide += depth) {
       const float** at = row + tile * tile_rows + i;
       const T* from = reinterpret_cast<const T*>(*at);
+      if (from == nullptr) break;
       int64_t k = 0;
       for (; k + width <= depth; k += width) store(wide + k, load(from + k));
       if (k < depth) store_part(wide + k, load_part(from + k, depth - k), depth - k);
@@ -68,25 +74,30 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
 
 int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
   const ConvShape& s = conv.shape;
-  const int64_t rows = tiles_of(pixels) * tile_rows, wide = conv.input_type == Storage::f32 ? 0 : s.c / s.groups;
+  const int64_t rows = tiles_of(pixels) * tile_rows;
+  const int64_t wide = conv.input_type == conv.weight_type ? 0 : s.c / s.groups;
   return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
 }
 
 // What the loops below agree on: output pixels [begin, begin + pixels) of one group.
+template <typename In>
 struct Block {
   const Conv& conv;
   int64_t taps, depth;     // kernel positions, channels of the group
   int64_t filters, first;  // of the group; its first one
-  const float* weight;     // of the group
+  const In* weight;        // of the group
   int64_t begin, pixels, tiles;
-  const float** row;  // [tiles][taps][tile_rows]
+  const In** row;  // [tiles][taps][tile_rows]
 };
 
-static inline int64_t first_pixel(const Block& b, int64_t tile) { return b.pixels * tile / b.tiles; }
+template <typename In>
+static inline int64_t first_pixel(const Block<In>& b, int64_t tile) {
+  return b.pixels * tile / b.tiles;
+}
 
 // Where a tile's finished sums go.
-template <typename Out>
-static inline TileOutput output_of(const Block& b, int64_t pixel, int64_t filter, int64_t columns) {
+template <typename Out, typename In>
+static inline TileOutput output_of(const Block<In>& b, int64_t pixel, int64_t filter, int64_t columns) {
   const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
   const Out* residual = b.conv.residual ? static_cast<const Out*>(b.conv.residual) + at : nullptr;
   return {nullptr, 0, static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns, b.conv.relu};
@@ -94,34 +105,34 @@ static inline TileOutput output_of(const Block& b, int64_t pixel, int64_t filter
 
 // Depth that is summed at once: each tile takes all panels in turn, so that outputs are written, and the residual read,
 // row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3 cores, batch 8).
-template <typename Out>
-static void shallow(const Block& b, int64_t filter_begin, int64_t filter_end) {
+template <typename Out, typename In>
+static void shallow(const Block<In>& b, int64_t filter_begin, int64_t filter_end) {
   for (int64_t tile = 0; tile < b.tiles; ++tile) {
     const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
     for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
       const int64_t vectors = vectors_of_panel(b.filters, filter);
       TileOutput o = output_of<Out>(b, pixel, filter, vectors * width);
       o.start = b.conv.bias + b.first + filter;
-      GemmTiles<Out>::of[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
-                                                b.weight + filter * b.taps * b.depth, o);
+      GemmTiles<In, Out>::of[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
+                                                    b.weight + filter * b.taps * b.depth, o);
     }
   }
 }
 
 // Greater depth: each chunk of a panel is summed for all tiles in turn, while it is in the L1 cache.
-template <typename Out>
-static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float* partial) {
-  const int64_t chunk = b.depth < depth_chunk ? b.depth : depth_chunk;
-  const int64_t chunk_taps = b.depth < depth_chunk ? depth_chunk / b.depth : 1;
+template <typename Out, typename In>
+static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  const int64_t chunk = b.depth < depth_chunk<In> ? b.depth : depth_chunk<In>;
+  const int64_t chunk_taps = b.depth < depth_chunk<In> ? depth_chunk<In> / b.depth : 1;
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
     const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
-    const float* panel = b.weight + filter * b.taps * b.depth;
+    const In* panel = b.weight + filter * b.taps * b.depth;
     for (int64_t tap = 0; tap < b.taps; tap += chunk_taps) {
       const int64_t taps = tap + chunk_taps < b.taps ? chunk_taps : b.taps - tap;
       for (int64_t k = 0; k < b.depth; k += chunk) {
         const int64_t depth = k + chunk < b.depth ? chunk : b.depth - k;
         const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
-        const auto& tiles = is_last ? GemmTiles<Out>::of : GemmTiles<float>::of;
+        const auto& tiles = is_last ? GemmTiles<In, Out>::of : GemmTiles<In, float>::of;
         for (int64_t tile = 0; tile < b.tiles; ++tile) {
           const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
           float* sums = partial + pixel * columns;
@@ -137,31 +148,51 @@ static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float
   }
 }
 
-template <typename Out>
-static void multiply(const Block& b, int64_t filter_begin, int64_t filter_end, float* partial) {
-  if (b.taps * b.depth <= depth_chunk) return shallow<Out>(b, filter_begin, filter_end);
+template <typename Out, typename In>
+static void multiply(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  if (b.taps * b.depth <= depth_chunk<In>) return shallow<Out>(b, filter_begin, filter_end);
   deep<Out>(b, filter_begin, filter_end, partial);
 }
 
-void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
-               int64_t filter_end, void* scratch) {
+// `row` points into the maps or, in float32, to pixels widened to it.
+template <typename In>
+static void multiply(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixels, int64_t filter_begin,
+                     int64_t filter_end, const In** row, float* partial) {
   const ConvShape& s = conv.shape;
   const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups;
-  const int64_t pixels = pixel_end - pixel_begin, tiles = tiles_of(pixels),
-                padded = (filters + width - 1) / width * width;
-  const float** row = static_cast<const float**>(scratch);
-  float* partial = reinterpret_cast<float*>(row + tiles * taps * tile_rows);
-  float* wide = partial + tiles * tile_rows * panel_width;
-  if (conv.input_type == Storage::f32) find_rows(conv, group, pixel_begin, pixel_end, row);
-  if (conv.input_type == Storage::bf16) widen_rows<bf16>(conv, group, pixel_begin, pixel_end, row, wide);
-  if (conv.input_type == Storage::f16) widen_rows<f16>(conv, group, pixel_begin, pixel_end, row, wide);
-  const float* weight = conv.weight + group * padded * taps * depth;
-  const Block block{conv, taps, depth, filters, group * filters, weight, pixel_begin, pixels, tiles, row};
+  const int64_t padded = (filters + width - 1) / width * width;
+  const In* weight = static_cast<const In*>(conv.weight) + group * padded * taps * depth;
+  const Block<In> block{conv,   taps,        depth,  filters,          group * filters,
+                        weight, pixel_begin, pixels, tiles_of(pixels), row};
   if (conv.output_type == Storage::f32) return multiply<float>(block, filter_begin, filter_end, partial);
   if (conv.output_type == Storage::bf16) return multiply<bf16>(block, filter_begin, filter_end, partial);
   multiply<f16>(block, filter_begin, filter_end, partial);
 }
 
+void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
+               int64_t filter_end, void* scratch) {
+  const int64_t pixels = pixel_end - pixel_begin, rows = tiles_of(pixels) * tile_rows;
+  const float** row = static_cast<const float**>(scratch);
+  float* partial = reinterpret_cast<float*>(row + rows * conv.shape.r * conv.shape.s);
+#if defined(__AVX512BF16__)
+  if (conv.weight_type == Storage::bf16) {
+    const bf16** bf16_row = static_cast<const bf16**>(scratch);
+    find_rows(conv, group, pixel_begin, pixel_end, bf16_row);
+    return multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, bf16_row, partial);
+  }
+#endif
+  float* wide = partial + rows * panel_width;
+  if (conv.input_type == Storage::f32) find_rows(conv, group, pixel_begin, pixel_end, row);
+  if (conv.input_type == Storage::bf16) widen_rows<bf16>(conv, group, pixel_begin, pixel_end, row, wide);
+  if (conv.input_type == Storage::f16) widen_rows<f16>(conv, group, pixel_begin, pixel_end, row, wide);
+  multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, row, partial);
+}
+
+#if defined(__AVX512BF16__)
+extern const int64_t multiplies_bf16 = 1;
+#else
+extern const int64_t multiplies_bf16 = 0;
+#endif
 extern const int64_t vector_width = width;
 extern const int64_t gemm_panel = panel_width;
 

@@ -51,6 +51,18 @@ static inline void store(bf16* p, vec v) {
   __builtin_memcpy(p, &b, sizeof(b));
 }
 
+// Also rounds to nearest, but subnormals become zero: in one instruction where the level has it, for results of
+// arithmetic. What must stay the same value goes through `store`.
+static inline void store_rounded(float* p, vec v) { store(p, v); }
+static inline void store_rounded(bf16* p, vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh b = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &b, sizeof(b));
+#else
+  store(p, v);
+#endif
+}
+
 static inline vec load(const f16* p) {
 #if defined(__AVX512F__)
   return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -72,6 +84,7 @@ static inline void store(f16* p, vec v) {
   for (int i = 0; i < width; ++i) p[i].bits = float_to_f16_1(v[i]);
 #endif
 }
+static inline void store_rounded(f16* p, vec v) { store(p, v); }
 
 // The first n < width values; the others are zero, or are not stored.
 template <typename T>
