@@ -12,10 +12,16 @@ constexpr int64_t panel_width = panel_vectors * width;
 // 400 steps as with none (2 Zen 3 cores).
 constexpr int64_t prefetch_steps = 128;
 
-// Depth that is summed at a time, before the next tile has its turn: so much of a panel (16 KiB with AVX2) stays in the
-// L1 cache, and sums of sums lose less accuracy than one long sum.
+// Depth that is summed at a time, before the next tile has its turn: so much of a panel stays in the L1 cache (16 KiB
+// with AVX2) or, with AVX-512, in a quarter of a small L2 cache (128 KiB), from where it comes as fast: 512 steps were
+// 1.02-1.03 times as fast as 256 there. Sums of sums lose less accuracy than one long sum.
+#if defined(__AVX512F__)
+constexpr int64_t chunk_steps = 512;
+#else
+constexpr int64_t chunk_steps = 256;
+#endif
 template <typename In>
-constexpr int64_t depth_chunk = 256 * (sizeof(float) / sizeof(In));
+constexpr int64_t depth_chunk = chunk_steps * (sizeof(float) / sizeof(In));
 
 // Rows are split into that many tiles as evenly as can be, since tiles of few rows wait for the sums' latency.
 static inline int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
