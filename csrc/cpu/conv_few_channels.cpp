@@ -16,7 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct PoolBands {};
+struct PoolBands {};  // rows of the convolution, kept for the pooling
 
 // The convolution row by row.
 class FewChannels {
@@ -138,6 +138,7 @@ Tensor conv_few_channels_max_pool(const Tensor& input, const Tensor& packed_weig
   const ConvShape& s = conv.shape;
   const int64_t height = output_extent(s.p, kernel_size[0], pool_stride[0], pool_padding[0], 1);
   const int64_t width = output_extent(s.q, kernel_size[1], pool_stride[1], pool_padding[1], 1);
+  STD_TORCH_CHECK(height > 0 && width > 0, "the pooling kernel must fit into the padded map");
   Tensor out = empty_map({s.n, s.k, height, width}, input.scalar_type());
   const Storage type = storage_of(input.scalar_type());
   char* output = static_cast<char*>(out.mutable_data_ptr());
