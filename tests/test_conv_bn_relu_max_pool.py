@@ -103,6 +103,17 @@ def test_float64_runs_on_the_reference():
     assert torch.equal(out, conv_bn_relu_max_pool_ref(**in_double(tensors), **how))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_kernel_reads_and_writes_every_type(dtype):
+    """Whatever `choose` sends to it."""
+    x = torch.randn(2, 3, 20, 33).to(dtype)
+    packed, bias = torch.ops.resnet_fast._pack_few_channels(torch.randn(37, 3, 5, 5) / 9), torch.randn(37)
+    geometry = ([2, 1], [2, 2], [1, 1])
+    out = torch.ops.resnet_fast._conv_few_channels_max_pool(x, packed, bias, *geometry, [3, 3], [2, 2], [1, 1])
+    apart = torch.ops.resnet_fast._conv_few_channels(x, packed, bias, *geometry, True)
+    assert out.dtype == dtype and torch.equal(out, max_pool(apart, 3, 2, 1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_input_and_weight(layout):
     tensors, how = stem(c=3, k=16, h=12, w=12)
