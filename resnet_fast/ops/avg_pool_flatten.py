@@ -32,10 +32,13 @@ def _fake(input: Tensor) -> Tensor:
     return input.new_empty(input.shape[:2])
 
 
+_op_cpu = torch.ops.resnet_fast._avg_pool_flatten_cpu.default
+
+
 def _kernel(input: Tensor) -> Tensor:
     check_avg_pool_flatten(input)
     if choose("avg_pool_flatten", input.device.type, input.dtype).backend == "cpu":
-        return torch.ops.resnet_fast._avg_pool_flatten_cpu(input)
+        return _op_cpu(input)
     return avg_pool_flatten_ref(input).contiguous()
 
 

@@ -97,11 +97,14 @@ def _fake(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool
     return empty_channels_last(input, check_max_pool(input, *pairs, ceil_mode))
 
 
+_op_cpu = torch.ops.resnet_fast._max_pool_cpu.default
+
+
 def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
     pairs = _pairs(kernel_size, stride, padding, dilation)
     size = check_max_pool(input, *pairs, ceil_mode)
     if choose("max_pool", input.device.type, input.dtype).backend == "cpu":
-        return torch.ops.resnet_fast._max_pool_cpu(input, *pairs, size[2:])
+        return _op_cpu(input, *pairs, size[2:])
     return as_channels_last(max_pool_ref(input, *pairs, ceil_mode))
 
 
