@@ -114,8 +114,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_max_pool_cpu(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
       "int[2] output_size) -> Tensor");
   m.def("_avg_pool_flatten_cpu(Tensor input) -> Tensor");
-  m.def("_pack_gemm(Tensor weight, int groups) -> Tensor");
-  m.def("_pack_winograd(Tensor weight, int tile) -> Tensor");
+  m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
+  m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu) -> Tensor");
@@ -128,6 +128,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("_map_pool_bytes() -> int");
   m.def("_clear_map_pool() -> ()");
   m.def("_cpu_level() -> int");
+  m.def("_multiplies_bf16() -> bool");
   m.def("_fma_peak(int iterations, bool bfloat16) -> float");
 }
 
@@ -140,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("_map_pool_bytes", TORCH_BOX(&resnet_fast::map_pool_bytes));
   m.impl("_clear_map_pool", TORCH_BOX(&resnet_fast::clear_map_pool));
   m.impl("_cpu_level", TORCH_BOX(&resnet_fast::cpu_level_index));
+  m.impl("_multiplies_bf16", TORCH_BOX(&resnet_fast::multiplies_bf16));
   m.impl("_fma_peak", TORCH_BOX(&resnet_fast::fma_peak));
 }
 

@@ -32,7 +32,7 @@ else:
 NAMES = ("reference", "cpu", "triton", "cuda")
 _CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool")
 _ON_THE_CPU = ("add_relu", "avg_pool_flatten", "max_pool")  # whether torch has oneDNN or not
-CPU_LEVELS = ("portable", "avx2", "avx512")  # as in csrc/cpu/levels.cpp
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
 
 # Asked at import, outside any tracing mode, since operators called under one are traced instead of run.
 _cpu_level, _cpu_level_error = "", ""
@@ -61,7 +61,7 @@ class Backend:
 
 
 def cpu_level() -> str:
-    """Instruction-set level of the C++ kernels in use: ``portable``, ``avx2`` or ``avx512``.
+    """Instruction-set level of the C++ kernels in use: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``.
 
     Raises RuntimeError if ``RESNET_FAST_CPU_LEVEL`` names one that is unknown or that this CPU does not have.
     """

@@ -111,9 +111,10 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
     if backend == "cpu":
         if operator in ("add_relu", "max_pool", "avg_pool_flatten"):
             return f"C++ {cpu_level()}"
-        if dtype != torch.float32 and onednn_runs(dtype):
+        in_bfloat16 = dtype == torch.bfloat16 and _multiplies_bfloat16()
+        if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:
             return "oneDNN"
-        in_float32 = "" if dtype == torch.float32 else " in float32"
+        in_float32 = "" if dtype == torch.float32 or in_bfloat16 else " in float32"
         return f"C++ {cpu_level()}{in_float32} (groups: oneDNN)"
     if backend == "cuda":
         return "cuDNN (large maps: Triton)" if operator == "conv_bn_relu" else "CUDA C++"
@@ -161,32 +162,48 @@ class ConvKernel:
     """Which kernel computes a convolution on the CPU.
 
     ``name`` is "few channels", "gemm", "winograd" (C++, csrc/cpu/) or "onednn"; ``tile`` is the width of Winograd's
-    output tiles.
+    output tiles. ``bfloat16``: ours multiplies pairs of bfloat16 values; else it computes in float32.
     """
 
     name: str
     tile: int = 0
+    bfloat16: bool = False
 
     def __str__(self) -> str:
         words = {"onednn": "oneDNN", "gemm": "GEMM", "few channels": "direct, few channels"}
-        return f"Winograd F({self.tile},3)" if self.tile else words[self.name]
+        name = f"Winograd F({self.tile},3)" if self.tile else words[self.name]
+        return f"{name} of bfloat16" if self.bfloat16 else name
 
 
 # A weight that comes from memory costs as much as this many multiplications with it: 4 bytes at 20-28 GB/s are 15-20
 # multiply-adds of 2 Zen 3 cores (98e9 a second), and prefetching hides a part. With 10 the tile that is chosen for the
-# 3x3 layers of ResNet-18 is the fastest one measured or within 8 % of it, at batch 1 (weights from memory) and 8.
-_STREAMING = 10
+# 3x3 layers of ResNet-18 is the fastest one measured or within 8 % of it, at batch 1 (weights from memory) and 8; on 2
+# Zen 5 cores with AVX-512 with 11 (F(2,3) and F(4,3), GFLOP/s: 907 and 853 for 256 channels at 14x14, batch 1; 491 and
+# 523 for 512 channels at 7x7, batch 2).
+_STREAMING = 11
 # Winograd's transforms, for a value of an input tile and for a product, in multiplications: with 64 channels and
 # filters they take a quarter of the time of the products.
 _INPUT_TRANSFORM, _OUTPUT_TRANSFORM = 10, 7
 
 
-def _winograd_cost(tile: int, outputs: Sequence[int], channels: int, filters: int) -> float:
-    """Time of Winograd's algorithm per channel and filter, in multiplications; outputs [N, P, Q]."""
+def _winograd_cost(kernel: ConvKernel, outputs: Sequence[int], channels: int, filters: int) -> float:
+    """Time of Winograd's algorithm per channel and filter, in multiplications of float32; outputs [N, P, Q].
+
+    Products of bfloat16 take half the time. So F(2,3) of bfloat16 and F(4,3) are level for 64 channels at 56x56 (1540
+    and 1560 GFLOP/s at batch 8 on 2 Zen 5 cores), for more channels the former wins (256 at 14x14: 2000 and 1230), for
+    fewer the latter (32 at 16x16: 950 and 1040).
+    """
     n, p, q = outputs
-    tiles = n * -(-p // tile) * -(-q // tile)
+    tiles = n * -(-p // kernel.tile) * -(-q // kernel.tile)
+    product = 0.5 if kernel.bfloat16 else 1.0
     transforms = _INPUT_TRANSFORM / filters + _OUTPUT_TRANSFORM / channels
-    return (tile + 2) ** 2 * (tiles * (1 + transforms) + _STREAMING)
+    return (kernel.tile + 2) ** 2 * (tiles * (product + transforms) + product * _STREAMING)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether our kernels multiply bfloat16 and nothing here does it faster: oneDNN has the tiles of AMX."""
+    return torch.ops.resnet_fast._multiplies_bf16() and not torch.cpu._is_amx_tile_supported()
 
 
 def choose_conv_on_cpu(
@@ -204,19 +221,30 @@ def choose_conv_on_cpu(
     input_size [N, C, H, W], weight_size [K, C / groups, R, S], output_size [N, K, P, Q]. ``dtype`` is the activations'.
     """
     k, c, r, s = weight_size
-    if dtype != torch.float32 and onednn_runs(dtype):
+    in_bfloat16 = dtype == torch.bfloat16 and c % 2 == 0 and _multiplies_bfloat16()
+    if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:
         return ConvKernel("onednn")  # ours compute in float32
     if not has_residual and has_few_channels(weight_size, groups):
         return ConvKernel("few channels")
-    if groups > 1:
+    if groups > 1 or min(c, k) < _vector_width():
         return ConvKernel("onednn")
+    kernels = [ConvKernel("gemm", bfloat16=in_bfloat16)]
+    n, _, p, q = output_size
+    costs = [9 * (n * p * q + _STREAMING) * (0.5 if in_bfloat16 else 1.0)]
     if r == s == 3 and max(*stride, *dilation) == 1:
-        n, _, p, q = output_size
-        costs = {tile: _winograd_cost(tile, (n, p, q), c, k) for tile in (4, 5, 2)}
-        tile = min(costs, key=costs.get)
-        if costs[tile] < 9 * (n * p * q + _STREAMING):
-            return ConvKernel("winograd", tile)
-    return ConvKernel("gemm")
+        winograd = [ConvKernel("winograd", tile) for tile in (4, 5, 2)]
+        if in_bfloat16:
+            winograd.append(ConvKernel("winograd", 2, bfloat16=True))
+        kernels += winograd
+        costs += [_winograd_cost(kernel, (n, p, q), c, k) for kernel in winograd]
+    return kernels[costs.index(min(costs))]
+
+
+@cache
+def _vector_width() -> int:
+    """Floats of a vector. Ours waste the lanes that have no channel or filter: with 8 of them at 32x32, batch 8, they
+    run at 0.7 of oneDNN's speed, with 16 at 1.5 (AVX-512)."""
+    return {"portable": 4, "avx2": 8}.get(cpu_level(), 16)
 
 
 def has_few_channels(weight_size: Sequence[int], groups: int) -> bool:

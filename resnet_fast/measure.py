@@ -229,6 +229,54 @@ def _known(records: dict[str, _Record], reference: str, running: list[str], prec
     return all(ratio_error(timings[name], timings[reference]) <= precision for name in running)
 
 
+def clean_rounds(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    most_rounds: int,
+    seconds: float = 0.0,
+    before: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Times short functions in turn, so that their minima can be compared: sample i of each is from round i.
+
+    After two warm-up calls of each, a round runs every function once, in an order that turns from round to round. A
+    round during which the system switched a thread of this process out is dropped whole and made again.
+
+    Args:
+        functions: by name; what they return is thrown away.
+        rounds: clean ones, at least 1.
+        most_rounds: after which there may be fewer clean ones, but at least one.
+        seconds: goes on for that long where ``rounds`` take less.
+        before: runs untimed before each sample.
+
+    Returns:
+        A Timing for each name.
+
+    Raises:
+        RuntimeError: not one of ``most_rounds`` was clean.
+    """
+    if rounds < 1:
+        raise ValueError(f"clean_rounds: rounds must be at least 1, got {rounds}")
+    for function in functions.values():
+        function()
+        function()
+    clean: list[dict[str, float]] = []
+    done, names, end = 0, list(functions), time.perf_counter() + seconds
+    while (len(clean) < rounds and done < most_rounds) or time.perf_counter() < end:
+        samples, disturbed = {}, False
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            if before is not None:
+                before()
+            samples[name], switched = _time(functions[name])
+            disturbed |= switched
+        if not disturbed:
+            clean.append(samples)
+        done += 1
+    if not clean:
+        raise RuntimeError(f"clean_rounds: the system disturbed each of {done} rounds")
+    return {name: Timing(tuple(samples[name] for samples in clean), done - len(clean)) for name in names}
+
+
 def ratio(a: Timing, b: Timing) -> float:
     """How many times as long ``a`` takes as ``b``: the ratio of their trimmed means.
 

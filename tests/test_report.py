@@ -88,6 +88,39 @@ def test_the_readme_is_made_anew_and_checked(results, capsys):
     assert main([*arguments, "--check"]) == 0
 
 
+@pytest.fixture
+def layers(results):
+    """Two layers at one level, the second slower than oneDNN, and one that was not timed."""
+
+    def cell(name, ratio):
+        ours, other = ({"gflops": rate, "min_ms": 60.0 / rate, "rounds": 25} for rate in (60.0, 60.0 / ratio))
+        return {"level": "avx2", "dtype": "float32", "batch": 1, "layer": name, "kind": "3x3 stride 1",
+                "kernel": "GEMM", "of_peak": 0.75, "ratio": ratio, "ratio_median": ratio + 0.1,
+                "peers": {OURS: ours, "onednn": other}}  # fmt: skip
+
+    refused = cell("3x3 8->8", 1.0) | {"refused": "wrong output of onednn", "peers": {}}
+    found = {"environment": {"torch": "2.11"}, "device": "B CPU", "cold": True, "ceilings": {}}
+    cells = [cell("3x3 64->64", 2.0), cell("3x3 32->32", 0.5), refused]
+    write_json(results / "a_cpu" / "cpu_layers.json", found | {"cells": cells})
+    return results
+
+
+def test_layers_beside_onednn(layers):
+    text = report.page(report.Folder(layers / "a_cpu"))
+    assert "## Layers beside oneDNN" in text and "weights come from memory" in text and "# A CPU" in text
+    assert "|  | avx2, float32, batch 1 |" in text and "| 3x3 stride 1 | 1.25 (0.50) |" in text
+    assert "| 3x3 64->64 | GEMM | 60 | 0.75 | 30 | 2.00 | 2.10 | 25 |  |" in text
+    assert "| 3x3 32->32 | GEMM | 60 | 0.75 | 120 | 0.50 | 0.60 | 25 | slower |" in text
+    assert "| 3x3 8->8 | GEMM |  |  |  |  |  |  | wrong output of onednn |" in text
+    assert "| 3x3 stride 1 | 1.25 (0.50) |" in report.section(layers, layers / "README.md")
+
+
+def test_layers_beside_onednn_alone_are_a_folder(layers):
+    (layers / "a_cpu" / "peers.json").unlink()
+    text = report.section(layers, layers / "README.md")
+    assert "### B CPU" in text and "torch 2.11" in text and "3x3 stride 1" in text and "forward pass" not in text
+
+
 def test_mistakes_are_told_in_words(results, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -100,17 +133,18 @@ def test_mistakes_are_told_in_words(results, tmp_path, capsys):
     assert main(["report", "--results", str(results), "--readme", str(tmp_path / "none.md")]) == 2
 
 
-def test_plots_are_drawn_and_the_same_each_time(results):
+def test_plots_are_drawn_and_the_same_each_time(layers):
     if not os.environ.get("RESNET_FAST_TEST_PEERS"):  # `make test-peers` has it
         pytest.importorskip("matplotlib")
-    folder = results / "a_cpu"
+    folder = layers / "a_cpu"
     drawn = []
     for _ in range(2):
-        report.write_all(results, None)
-        files = [folder / "peers.svg", folder / "roofline.svg", results / "traffic.svg"]
+        report.write_all(layers, None)
+        files = [folder / "peers.svg", folder / "roofline.svg", layers / "traffic.svg", folder / "cpu_layers.svg"]
         drawn.append([file.read_text() for file in files])
     assert drawn[0] == drawn[1]
-    peers, roofline, traffic = drawn[0]
+    peers, roofline, traffic, ratios = drawn[0]
+    assert "3x3 64-&gt;64" in ratios and "avx2, float32, batch 1" in ratios and "3x3 8-&gt;8" not in ratios
     assert "openvino" in peers and "absent" in peers and "A CPU" in peers
     assert "3x3, ours" in roofline and "200 GFLOP/s" in roofline
     assert "resnet50, training" in traffic and "473.4" in traffic

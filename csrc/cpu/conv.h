@@ -55,7 +55,11 @@ struct ConvCall : Conv {
     using torch::headeronly::MemoryFormat;
     shape = s;
     relu = with_relu;
-    weight = static_cast<const float*>(packed_weight.const_data_ptr());
+    weight = packed_weight.const_data_ptr();
+    weight_type = storage_of(packed_weight.scalar_type());
+    const bool of_pairs = weight_type == Storage::bf16 && x.scalar_type() == packed_weight.scalar_type();
+    STD_TORCH_CHECK(weight_type == Storage::f32 || (of_pairs && kernels().multiplies_bf16),
+                    "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
     output_type = storage_of(x.scalar_type());
     set_input(x);
     residual = nullptr;

@@ -49,23 +49,20 @@ class FewChannels {
     row_.relu = relu;
   }
 
-  // Zeros, one such buffer for a thread: where row() puts the input rows that it reads.
-  std::vector<float> buffer() const { return std::vector<float>(shape.r * shape.c * row_length()); }
+  // The input rows that a thread's last output row has read, [R][C][row_length], kernel row r at r.
+  struct Rows {
+    std::vector<float> values;
+    int64_t n = -1, top = 0, first = 0, last = 0;  // image; where kernel row 0 lies; kernel rows that are there
+  };
+  Rows rows() const { return {std::vector<float>(shape.r * row_size())}; }  // zeros: the padding
 
   // Output row p of image n, [Q][K].
-  void row(int64_t n, int64_t p, std::vector<float>& buffer, Storage type, void* output) const {
-    const int64_t top = p * shape.stride[0] - shape.padding[0];
-    // Kernel rows [first, last) meet the image; the others meet padding and add nothing.
-    int64_t first = 0, last = shape.r;
-    while (first < last && top + first * shape.dilation[0] < 0) ++first;
-    while (last > first && top + (last - 1) * shape.dilation[0] >= shape.h) --last;
-    for (int64_t r = first; r < last; ++r)
-      copy_row(n, top + r * shape.dilation[0], buffer.data() + (r - first) * shape.c * row_length());
-    const int64_t taps_of_row = shape.s * shape.c;
+  void row(int64_t n, int64_t p, Rows& rows, Storage type, void* output) const {
+    read(n, p * shape.stride[0] - shape.padding[0], rows);
     ConvRow row = row_;
-    row.input = buffer.data();
-    row.taps = (last - first) * taps_of_row;
-    row.weight += first * taps_of_row * kernels().conv_block;
+    row.input = rows.values.data() + rows.first * row_size();
+    row.taps = (rows.last - rows.first) * shape.s * shape.c;
+    row.weight += rows.first * shape.s * shape.c * kernels().conv_block;
     row.output = output;
     row.output_type = type;
     kernels().conv_row(row);
@@ -77,6 +74,26 @@ class FewChannels {
 
  private:
   int64_t row_length() const { return shape.w + 2 * shape.padding[1]; }
+
+  int64_t row_size() const { return shape.c * row_length(); }
+
+  // Makes `rows` hold what a kernel reads whose row 0 lies at `top`. Rows that it held for the output row above move:
+  // they are 5 of the 7 of ResNet's stem, and to gather them from an image in channels_last takes as long as half of
+  // the multiplications.
+  void read(int64_t n, int64_t top, Rows& rows) const {
+    const int64_t step = shape.dilation[0], shift = (top - rows.top) / step;
+    // Kernel rows [first, last) meet the image; the others meet padding and add nothing.
+    int64_t first = 0, last = shape.r, kept = 0;
+    while (first < last && top + first * step < 0) ++first;
+    while (last > first && top + (last - 1) * step >= shape.h) --last;
+    if (rows.n == n && top - rows.top == shift * step && shift > 0 && first + shift >= rows.first)
+      kept = std::max<int64_t>(0, std::min(last, rows.last - shift) - first);
+    float* data = rows.values.data();
+    if (kept > 0)
+      std::memmove(data + first * row_size(), data + (first + shift) * row_size(), kept * row_size() * sizeof(float));
+    for (int64_t r = first + kept; r < last; ++r) copy_row(n, top + r * step, data + r * row_size());
+    rows.n = n, rows.top = top, rows.first = first, rows.last = last;
+  }
 
   // Row y of image n as [C][row_length] into `out`, whose padding is zero already.
   void copy_row(int64_t n, int64_t y, float* out) const {
@@ -123,8 +140,8 @@ Tensor conv_few_channels(const Tensor& input, const Tensor& packed_weight, const
   const int64_t row_bytes = s.q * s.k * bytes_of(type);
   const int64_t grain = std::max<int64_t>(1, least_work / std::max<int64_t>(1, conv.multiplications_of_row()));
   torch::stable::parallel_for(0, s.n * s.p, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer = conv.buffer();
-    for (int64_t i = begin; i < end; ++i) conv.row(i / s.p, i % s.p, buffer, type, output + i * row_bytes);
+    FewChannels::Rows rows = conv.rows();
+    for (int64_t i = begin; i < end; ++i) conv.row(i / s.p, i % s.p, rows, type, output + i * row_bytes);
   });
   return with_exact_strides(out);
 }
@@ -150,7 +167,7 @@ Tensor conv_few_channels_max_pool(const Tensor& input, const Tensor& packed_weig
   const int64_t bands = std::min(height, threads / std::gcd(s.n, threads));
   for_each_item(s.n * bands, s.n * s.p * conv.multiplications_of_row(), [&](int64_t item) {
     const int64_t n = item / bands, band = item % bands;
-    std::vector<float> buffer = conv.buffer();
+    FewChannels::Rows input_rows = conv.rows();
     const Scratch<PoolBands> scratch(kept * row_size * sizeof(float));
     std::vector<int64_t> holds(kept, -1);  // which row lies where
     std::vector<const void*> rows(kept);
@@ -161,7 +178,7 @@ Tensor conv_few_channels_max_pool(const Tensor& input, const Tensor& packed_weig
       pool.num_rows = 0;
       for (int64_t p = std::max<int64_t>(top, 0); p < std::min(top + kept, s.p); ++p) {
         float* row = scratch.floats() + p % kept * row_size;
-        if (holds[p % kept] != p) conv.row(n, p, buffer, Storage::f32, row);
+        if (holds[p % kept] != p) conv.row(n, p, input_rows, Storage::f32, row);
         holds[p % kept] = p;
         rows[pool.num_rows++] = row;
       }

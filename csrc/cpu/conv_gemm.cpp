@@ -1,5 +1,7 @@
 // The host side of the convolution as a matrix product: packs the weight and splits the output over torch's thread
 // pool. The loops are in kernels/conv_gemm.cpp.
+#include <torch/headeronly/util/BFloat16.h>
+
 #include "conv.h"
 #include "levels.h"
 #include "parallel.h"
@@ -7,37 +9,53 @@
 namespace resnet_fast {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct RowPointers {};
 
-// Bytes of input that a block of output pixels reads again for every panel of filters: half of a small L2 cache. More
-// pixels than the second number gain nothing (one Zen 3 core: 91 GFLOP/s with 96, 92 with 192 for 512 channels at
+// More output pixels in a block gain nothing (one Zen 3 core: 91 GFLOP/s with 96, 92 with 192 for 512 channels at
 // 28x28).
-constexpr int64_t input_bytes = 192 << 10, most_pixels = 120;
+constexpr int64_t most_pixels = 120;
 
-}  // namespace
+// Bytes of input that a block reads again for every panel of filters: half of the L2 cache (of 192 KiB and 480 KiB with
+// a cache of 1 MiB, the latter was 1.03 times as fast for 1024 channels).
+int64_t input_bytes() { return l2_bytes() * 15 / 32; }
 
-Tensor pack_gemm(const Tensor& weight, int64_t groups) {  // [K, C / groups, R, S]
-  const Tensor w = torch::stable::contiguous(weight);
-  const int64_t filters = w.size(0) / groups, depth = w.size(1), taps = w.size(2) * w.size(3);
+// Panels of filters: [groups][padded / panel][R][S][depth / step][panel][step], where a step is one value or, in
+// bfloat16, two.
+template <typename T, int64_t step>
+Tensor pack(const Tensor& weight, int64_t groups, ScalarType dtype) {
+  const int64_t filters = weight.size(0) / groups, depth = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
   const int64_t padded = (filters + width - 1) / width * width, panels = (padded + panel - 1) / panel;
-  Tensor packed = torch::stable::empty({groups, padded, w.size(2), w.size(3), depth});
-  const float* from = static_cast<const float*>(w.const_data_ptr());
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
-  for_each_item(groups * panels, w.numel(), [&](int64_t item) {
+  Tensor packed = torch::stable::empty({groups, padded, weight.size(2), weight.size(3), depth}, dtype);
+  const float* from = static_cast<const float*>(weight.const_data_ptr());
+  T* to = static_cast<T*>(packed.mutable_data_ptr());
+  for_each_item(groups * panels, weight.numel(), [&](int64_t item) {
     const int64_t group = item / panels, first = item % panels * panel;
     const int64_t columns = std::min(panel, padded - first);
-    float* out = to + (group * padded + first) * taps * depth;
+    T* out = to + (group * padded + first) * taps * depth;
     for (int64_t j = 0; j < columns; ++j) {
       const float* filter = from + (group * filters + first + j) * depth * taps;
       for (int64_t k = 0; k < depth; ++k)
         for (int64_t t = 0; t < taps; ++t)
-          out[(t * depth + k) * columns + j] = first + j < filters ? filter[k * taps + t] : 0.0f;
+          out[((t * depth + k) / step * columns + j) * step + k % step] =
+              first + j < filters ? static_cast<T>(filter[k * taps + t]) : T(0.0f);
     }
   });
   return packed;
+}
+
+}  // namespace
+
+Tensor pack_gemm(const Tensor& weight, int64_t groups, bool bfloat16) {  // [K, C / groups, R, S]
+  const Tensor w = torch::stable::contiguous(weight);
+  STD_TORCH_CHECK(w.dim() == 4 && w.scalar_type() == ScalarType::Float,
+                  "weight must be [K, C / groups, R, S], float32");
+  if (!bfloat16) return pack<float, 1>(w, groups, ScalarType::Float);
+  STD_TORCH_CHECK(w.size(1) % 2 == 0, "in bfloat16 a group must have an even number of channels, got ", w.size(1));
+  return pack<torch::headeronly::BFloat16, 2>(w, groups, ScalarType::BFloat16);
 }
 
 Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
@@ -51,14 +69,15 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
                       packed_weight.size(1) == (filters + width - 1) / width * width,
                   "packed_weight must come from _pack_gemm for this input, bias and groups");
   ConvCall conv(s, input, packed_weight, bias, residual, relu);
-  if (taps > 1) conv.set_input(to_dtype(input, torch::headeronly::ScalarType::Float));  // kernels widen 1x1's input
+  if (taps > 1 && conv.weight_type == Storage::f32)  // the kernel itself widens pixels for 1x1 only
+    conv.set_input(to_dtype(input, ScalarType::Float));
   if (s.n == 0) return conv.result();
 
   const int64_t pixels = s.n * s.p * s.q, panels = (filters + panel - 1) / panel;
   const int64_t threads = torch::stable::get_num_threads();
   // A block's input counts once a pixel for kernels that overlap, as often as taps for those that do not.
   const int64_t reads = std::max<int64_t>(1, std::min(s.stride[0] * s.stride[1], taps));
-  int64_t block = std::clamp<int64_t>(input_bytes / int64_t(sizeof(float)) / (depth * reads), 12, most_pixels);
+  int64_t block = std::clamp<int64_t>(input_bytes() / int64_t(sizeof(float)) / (depth * reads), 12, most_pixels);
   const bool split_pixels = pixels >= filters;
   int64_t blocks = (pixels + block - 1) / block;
   if (split_pixels) blocks = (blocks + threads - 1) / threads * threads;

@@ -34,8 +34,10 @@ Tensor conv_onednn(const Tensor& input,                    // [N, C, H, W], any 
   const bool fused_residual = r.has_value() && r->size(2) * r->size(3) > 1;
   // oneDNN's fused ReLU turns NaN into 0. A NaN in the result comes from a NaN or an infinity in what is read (weights
   // were checked when folded), so those are looked for first.
-  const bool fused_relu =
-      relu && fused_residual == r.has_value() && all_finite(x) && (!r.has_value() || all_finite(*r));
+  // With groups torch 2.14 fuses no residual and runs add_relu on the map, which has no 16-bit types and asserts.
+  const bool takes_relu =
+      fused_residual == r.has_value() && !(fused_residual && groups > 1 && dtype != ScalarType::Float);
+  const bool fused_relu = relu && takes_relu && all_finite(x) && (!r.has_value() || all_finite(*r));
 
   const std::optional<Tensor> bias = folded_bias;
   const std::optional<std::string> no_algorithm;

@@ -1,5 +1,7 @@
 // The host side of Winograd convolution: transforms and packs the weight, splits the work over torch's thread pool.
 // The transforms of the activations and the products are in kernels/conv_winograd.cpp.
+#include <torch/headeronly/util/BFloat16.h>
+
 #include "conv.h"
 #include "levels.h"
 #include "parallel.h"
@@ -7,6 +9,7 @@
 namespace resnet_fast {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Transformed {};
@@ -31,34 +34,40 @@ std::vector<std::array<double, 3>> weight_transform(int64_t m) {
   return rows;
 }
 
-// Bytes of transformed input that one thread works on at a time, so that they stay in its L2 cache with what else
-// passes through: half of a small one.
-constexpr int64_t block_bytes = 224 << 10;
-// With fewer tiles in a block, reading the weight for each block costs more than all threads' sharing a larger one;
-// with not more in all than the second number they share anyway. Measured on 2 Zen 3 cores at batch 8, GFLOP/s of
-// blocks and of sharing: 372 and 334 for 128 channels (12 tiles in a block), 355 and 407 for 256 (4 to 12), 260 and 282
-// for 512.
+// How the work is shared. Either each thread takes blocks of tiles through all panels of filters and reads the weight
+// for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
+// once. Blocks are faster as long as least_tiles of them fit into the L2 cache with the products, GFLOP/s of blocks and
+// of sharing at batch 8: 372 and 334 for 128 channels, 355 and 407 for 256 (2 Zen 3 cores, 512 KiB of L2 cache), 1800
+// and 1600 for 256 (2 Zen 5 cores, 1 MiB).
 constexpr int64_t least_tiles = 12, most_tiles = 96;
 
-}  // namespace
+// Tiles of a block, of which each thread gets as many; 0: the threads share.
+int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
+  if (least_tiles * tile_bytes > l2_bytes() * 5 / 8 || tiles < least_tiles * threads) return 0;
+  const int64_t most = std::clamp(l2_bytes() * 7 / 16 / tile_bytes, least_tiles, most_tiles);
+  const int64_t rounds = (tiles + most * threads - 1) / (most * threads);
+  return (tiles + rounds * threads - 1) / (rounds * threads);
+}
 
-Tensor pack_winograd(const Tensor& weight, int64_t m) {  // [K, C, 3, 3]
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3]");
-  const Tensor w = torch::stable::contiguous(weight);
+// Panels of filters: [padded / panel][(m + 2)^2][C / step][panel][step], where a step is one value or, in bfloat16,
+// two.
+template <typename T, int64_t step>
+Tensor pack(const Tensor& weight, int64_t m, ScalarType dtype) {
   const auto g = weight_transform(m);
-  const int64_t size = m + 2, filters = w.size(0), channels = w.size(1);
+  const int64_t size = m + 2, filters = weight.size(0), channels = weight.size(1);
+  const int64_t depth = (channels + step - 1) / step * step;
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
   const int64_t padded = (filters + width - 1) / width * width;
-  Tensor packed = torch::stable::empty({padded, size * size, channels});
-  const float* from = static_cast<const float*>(w.const_data_ptr());
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  Tensor packed = torch::stable::empty({padded, size * size, depth}, dtype);
+  const float* from = static_cast<const float*>(weight.const_data_ptr());
+  T* to = static_cast<T*>(packed.mutable_data_ptr());
   for_each_item((padded + panel - 1) / panel, 8 * padded * channels, [&](int64_t item) {
     const int64_t first = item * panel, columns = std::min(panel, padded - first);
-    float* out = to + first * size * size * channels;
-    for (int64_t c = 0; c < channels; ++c) {
+    T* out = to + first * size * size * depth;
+    for (int64_t c = 0; c < depth; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
         double rows[7][3] = {};
-        if (first + j < filters) {
+        if (first + j < filters && c < channels) {
           const float* filter = from + ((first + j) * channels + c) * 9;
           for (int64_t i = 0; i < size; ++i)
             for (int64_t k = 0; k < 3; ++k)
@@ -66,12 +75,23 @@ Tensor pack_winograd(const Tensor& weight, int64_t m) {  // [K, C, 3, 3]
         }
         for (int64_t i = 0; i < size; ++i)
           for (int64_t k = 0; k < size; ++k)
-            out[((i * size + k) * channels + c) * columns + j] =
-                float(rows[i][0] * g[k][0] + rows[i][1] * g[k][1] + rows[i][2] * g[k][2]);
+            out[(((i * size + k) * depth + c) / step * columns + j) * step + c % step] =
+                static_cast<T>(float(rows[i][0] * g[k][0] + rows[i][1] * g[k][1] + rows[i][2] * g[k][2]));
       }
     }
   });
   return packed;
+}
+
+}  // namespace
+
+Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16) {  // [K, C, 3, 3]
+  const Tensor w = torch::stable::contiguous(weight);
+  STD_TORCH_CHECK(w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == ScalarType::Float,
+                  "weight must be [K, C, 3, 3], float32");
+  if (!bfloat16) return pack<float, 1>(w, m, ScalarType::Float);
+  STD_TORCH_CHECK(m == 2, "in bfloat16 Winograd tiles are 2 pixels wide, got ", m);
+  return pack<torch::headeronly::BFloat16, 2>(w, m, ScalarType::BFloat16);
 }
 
 std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
@@ -82,7 +102,10 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   while (m < 5 && (m + 2) * (m + 2) != packed_weight.size(1)) ++m;
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel, size = m + 2;
   const int64_t row_length = (s.c + width - 1) / width * width;
-  STD_TORCH_CHECK(packed_weight.dim() == 3 && packed_weight.size(1) == size * size && packed_weight.size(2) == s.c &&
+  const bool pairs = packed_weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t value_bytes = pairs ? 2 : 4;
+  STD_TORCH_CHECK(packed_weight.dim() == 3 && packed_weight.size(1) == size * size &&
+                      packed_weight.size(2) == s.c + (pairs ? s.c % 2 : 0) &&
                       packed_weight.size(0) == (s.k + width - 1) / width * width,
                   "packed_weight must come from _pack_winograd for this input and bias");
   const ConvCall conv(s, input, packed_weight, bias, residual, relu);
@@ -92,42 +115,38 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   const int64_t work = s.n * s.p * s.q * s.k * s.c * (size * size) / (m * m);
   const int64_t tiles = s.n * ((s.p + m - 1) / m) * ((s.q + m - 1) / m);
   const int64_t panels = (s.k + panel - 1) / panel, threads = torch::stable::get_num_threads();
-  const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * int64_t(sizeof(float));
+  const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * value_bytes;
   std::atomic<bool> finite{true};
   const auto products_bytes = [&](int64_t n) { return run.winograd_output_stride(n) * size * size * sizeof(float); };
-  const auto panel_of = [&](const float* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
+  const auto panel_of = [&](const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
     const Scratch<Products> products(products_bytes(end - begin));
     if (!run.winograd_output(conv, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
   };
 
-  int64_t block = std::min(most_tiles, block_bytes / tile_bytes);
-  if (block >= least_tiles && tiles > most_tiles) {
-    // Each thread takes blocks of tiles through all panels. The number of blocks is a multiple of the threads'.
-    int64_t blocks = (tiles + block - 1) / block;
-    blocks = (blocks + threads - 1) / threads * threads;
-    block = (tiles + blocks - 1) / blocks;
+  const int64_t block = tiles_of_block(tiles, tile_bytes, threads);
+  if (block > 0) {
+    const int64_t blocks = (tiles + block - 1) / block;
     for_each_item(blocks, work, [&](int64_t item) {
       const int64_t begin = item * block, end = std::min(tiles, begin + block);
-      if (begin >= end) return;
       const int64_t stride = run.winograd_input_stride(s, block);
-      const Scratch<Transformed> transformed(stride * size * size * sizeof(float));
-      run.winograd_input(conv, m, begin, end, transformed.floats(), stride);
-      for (int64_t i = 0; i < panels; ++i) panel_of(transformed.floats(), stride, begin, end, i * panel);
+      const Scratch<Transformed> transformed(stride * size * size * value_bytes);
+      run.winograd_input(conv, m, begin, end, transformed.bytes(), stride);
+      for (int64_t i = 0; i < panels; ++i) panel_of(transformed.bytes(), stride, begin, end, i * panel);
     });
     return {conv.result(), finite.load()};
   }
-  // All threads transform many tiles, then share the panels, so that the weight is read once for all of them.
   for (int64_t begin = 0; begin < tiles; begin += most_tiles) {
     const int64_t count = std::min(tiles - begin, most_tiles), stride = run.winograd_input_stride(s, count);
-    const Scratch<Transformed> scratch(stride * size * size * sizeof(float));
-    float* transformed = scratch.floats();
+    const Scratch<Transformed> scratch(stride * size * size * value_bytes);
+    char* transformed = static_cast<char*>(scratch.bytes());
+    const int64_t row_bytes = row_length * value_bytes;
     for_each_item(count, 8 * count * size * size * s.c, [&](int64_t i) {
-      run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_length, stride);
+      run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_bytes, stride);
     });
     const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles));
     for_each_item(panels * splits, work, [&](int64_t item) {
       const int64_t split = item % splits, first = count * split / splits, last = count * (split + 1) / splits;
-      panel_of(transformed + first * row_length, stride, begin + first, begin + last, item / splits * panel);
+      panel_of(transformed + first * row_bytes, stride, begin + first, begin + last, item / splits * panel);
     });
   }
   return {conv.result(), finite.load()};

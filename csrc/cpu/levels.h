@@ -42,45 +42,47 @@ struct PoolRow {
 struct Conv {
   ConvShape shape;
   const void* input;                // [N, H, W, C]
-  const float* weight;              // packed as the kernel wants it
+  const void* weight;               // packed as the kernel wants it, in weight_type
   const float* bias;                // [K], zeros behind up to another gemm_panel
   const void* residual;             // [N, P, Q, K] or null
   void* output;                     // [N, P, Q, K]
   const void* zeros;                // [C] of any type: zeros are the same bits
   Storage input_type, output_type;  // the latter of the residual, too
+  Storage weight_type;              // bf16: products of bf16 pairs; all other arithmetic is in float32
   bool relu;
 };
 
 // The one list of what a level has: K(result, name, arguments) for functions, C(name) for numbers (int64_t).
-#define RESNET_FAST_LEVEL_LIST(K, C)                                                                             \
-  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                                 \
-  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                       \
-  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                        \
-  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                 \
-  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                 \
-  K(void, conv_row, (const ConvRow& row))                                                                        \
-  C(conv_block) /* filters that conv_row computes at a time */                                                   \
-  K(void, widen, (const void* from, Storage type, int64_t step, int64_t n, float* to))                           \
-  K(void, max_pool_row, (const PoolRow& row))                                                                    \
-  K(void, avg_pool,                                                                                              \
-    (const void* map, Storage type, bool channels_last, int64_t pixels, int64_t channels, int64_t channel_begin, \
-     int64_t channel_end, void* output))                                                                         \
-  K(void, conv_gemm,                                                                                             \
-    (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,              \
-     int64_t filter_end, void* scratch))                                                                         \
-  K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                                  \
-  K(void, winograd_input,                                                                                        \
-    (const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride))               \
-  K(bool, winograd_output,                                                                                       \
-    (const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end,          \
-     int64_t filter, float* products))                                                                           \
-  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                     \
-  K(int64_t, winograd_output_stride, (int64_t tiles))                                                            \
-  C(vector_width) /* floats */                                                                                   \
-  C(gemm_panel)   /* filters in a panel of a packed weight */                                                    \
-  K(float, fma_f32, (int64_t n, float factor))                                                                   \
-  K(float, fma_bf16, (int64_t n, float factor))                                                                  \
-  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */                   \
+#define RESNET_FAST_LEVEL_LIST(K, C)                                                                                   \
+  K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                                       \
+  K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                             \
+  K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                              \
+  K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                       \
+  K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                       \
+  K(void, conv_row, (const ConvRow& row))                                                                              \
+  C(conv_block) /* filters that conv_row computes at a time */                                                         \
+  K(void, widen, (const void* from, Storage type, int64_t step, int64_t n, float* to))                                 \
+  K(void, max_pool_row, (const PoolRow& row))                                                                          \
+  K(void, avg_pool,                                                                                                    \
+    (const void* map, Storage type, bool channels_last, int64_t pixels, int64_t channels, int64_t channel_begin,       \
+     int64_t channel_end, void* output))                                                                               \
+  K(void, conv_gemm,                                                                                                   \
+    (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,                    \
+     int64_t filter_end, void* scratch))                                                                               \
+  K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                                        \
+  K(void, winograd_input,                                                                                              \
+    (const Conv& conv, int64_t m, int64_t begin, int64_t end, void* transformed, int64_t stride))                      \
+  K(bool, winograd_output,                                                                                             \
+    (const Conv& conv, int64_t m, const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter, \
+     float* products))                                                                                                 \
+  K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                           \
+  K(int64_t, winograd_output_stride, (int64_t tiles))                                                                  \
+  C(multiplies_bf16) /* 1 where kernels take weights in bf16 */                                                        \
+  C(vector_width)    /* floats */                                                                                      \
+  C(gemm_panel)      /* filters in a panel of a packed weight */                                                       \
+  K(float, fma_f32, (int64_t n, float factor))                                                                         \
+  K(float, fma_bf16, (int64_t n, float factor))                                                                        \
+  C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */                         \
   C(fma_bf16_flops)
 
 #define RESNET_FAST_POINTER(result, name, arguments) result(*name) arguments;
@@ -100,6 +102,7 @@ struct Kernels {
 RESNET_FAST_DECLARE_LEVEL(portable)
 RESNET_FAST_DECLARE_LEVEL(avx2)
 RESNET_FAST_DECLARE_LEVEL(avx512)
+RESNET_FAST_DECLARE_LEVEL(avx512_bf16)
 
 // The kernels of the level in use: the best one this CPU has, or the one that RESNET_FAST_CPU_LEVEL names.
 const Kernels& kernels();

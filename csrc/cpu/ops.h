@@ -33,7 +33,11 @@ torch::stable::Tensor conv_few_channels_max_pool(const torch::stable::Tensor& in
                                                  std::vector<int64_t> pool_kernel_size,
                                                  std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding);
 
-torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups);
+// `weight` is float32. A weight packed in bfloat16 makes the kernel compute products of bfloat16 values, summed in
+// float32, of a bfloat16 input; only for an even number of channels a group, and only levels that multiplies_bf16()
+// take it.
+torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups, bool bfloat16);
+bool multiplies_bf16();
 torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                 const torch::stable::Tensor& bias, const std::optional<torch::stable::Tensor>& residual,
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -41,8 +45,8 @@ torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch:
 
 // 3x3, stride 1, no groups; `tile` is the width of the output tiles (2, 4 or 5). The second result is false if some
 // value of the first is not finite: then NaN and infinities may have spread over whole tiles, and another kernel must
-// compute the convolution.
-torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile);
+// compute the convolution. In bfloat16, as above, only tiles of 2 are accurate enough.
+torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile, bool bfloat16);
 std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tensor& input,
                                                       const torch::stable::Tensor& packed_weight,
                                                       const torch::stable::Tensor& bias,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,12 @@
 #include <new>
 
 namespace resnet_fast {
+
+// Of one core; 256 KiB, a small one, where the system does not tell.
+inline int64_t l2_bytes() {
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10);
+  return bytes;
+}
 
 // Multiplications that are worth waking a thread for: 6 us at the 90 GFLOP/s that one Zen 3 core reaches.
 constexpr int64_t least_work = int64_t{1} << 18;

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import limits
+from . import cpu_layers, limits
 from .peers import OURS
 from .results import per_second, short_reason
 
@@ -98,6 +98,27 @@ def roofline(rows: Sequence[dict], ceilings: dict, path: Path) -> None:
         f"Fused layers, {', '.join(dtypes)}, batch {', '.join(map(str, sorted({r['batch'] for r in rows})))}"
     )
     axis.legend(fontsize=7, loc="lower right")
+    _save(figure, path)
+
+
+def layer_ratios(found: dict, path: Path) -> None:
+    """Bars of oneDNN's time over ours for every layer, from minima, and points from medians; one panel a level, dtype
+    and batch."""
+    pyplot, groups = _pyplot(), cpu_layers.groups([cell for cell in found["cells"] if "refused" not in cell])
+    names = list(dict.fromkeys(cell["layer"] for cells in groups.values() for cell in cells))[::-1]
+    size = (2.6 * len(groups) + 2, 0.17 * len(names) + 1.2)
+    figure, axes = pyplot.subplots(1, max(len(groups), 1), figsize=size, squeeze=False, sharey=True)
+    for axis, (title, cells) in zip(axes.flat, groups.items(), strict=False):
+        ys = [names.index(cell["layer"]) for cell in cells]
+        colors = [_OTHERS if cpu_layers.is_slower(cell) else _OURS for cell in cells]
+        axis.barh(ys, [cell["ratio"] for cell in cells], color=colors)
+        axis.plot([cell["ratio_median"] for cell in cells], ys, ".", color="#222222", markersize=3)
+        axis.axvline(1, color=_GREY, linewidth=0.8)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("oneDNN's time / ours", fontsize=8)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=7)
+    figure.suptitle(f"{found['device']}{', cold weights' if found['cold'] else ''}", fontsize=10)
+    figure.tight_layout()
     _save(figure, path)
 
 

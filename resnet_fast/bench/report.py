@@ -2,10 +2,11 @@
 
 A folder of results is named after its device and holds, as far as they were measured,
 
-peers.json      ``resnet-fast bench --peers --json``: whole models beside their peers
-blocks.json     ``pytest benchmarks --benchmark-json``: blocks and operators
-campaign.jsonl  ``benchmarks/gpu_campaign.py``: single layers, training and the rest, a row a line
-NOTES.md        what a reader must know of these figures, by hand
+peers.json       ``resnet-fast bench --peers --json``: whole models beside their peers
+blocks.json      ``pytest benchmarks --benchmark-json``: blocks and operators
+cpu_layers.json  ``benchmarks/cpu_layers.py --json``: single layers beside oneDNN, at every instruction-set level
+campaign.jsonl   ``benchmarks/gpu_campaign.py``: single layers, training and the rest, a row a line
+NOTES.md         what a reader must know of these figures, by hand
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from . import plots
+from . import cpu_layers, plots
 from .peers import OURS
 from .results import markdown, per_second, short_reason
 
@@ -37,6 +38,7 @@ class Folder:
         self.path = path
         self.peers: dict = json.loads(self._read("peers.json") or "{}")
         self.blocks: list[dict] = json.loads(self._read("blocks.json") or '{"benchmarks": []}')["benchmarks"]
+        self.cpu_layers: dict = json.loads(self._read("cpu_layers.json") or '{"cells": []}')
         rows = [json.loads(line) for line in self._read("campaign.jsonl").splitlines()]
         self.rows = [row for row in rows if "error_message" not in row]
         self.failures = [row for row in rows if "error_message" in row]
@@ -60,7 +62,8 @@ class Folder:
     @property
     def environment(self) -> dict:
         found = [row for row in self.step("doctor") if row["name"] == "environment"]
-        return self.peers.get("environment") or (found[0] if found else {})
+        measured = self.peers.get("environment") or self.cpu_layers.get("environment")
+        return measured or (found[0] if found else {})
 
     @property
     def ceilings(self) -> dict:
@@ -69,7 +72,8 @@ class Folder:
 
     @property
     def device(self) -> str:
-        return self.peers.get("device") or ", ".join(self.environment.get("cuda_devices") or []) or self.path.name
+        measured = self.peers.get("device") or self.cpu_layers.get("device")
+        return measured or ", ".join(self.environment.get("cuda_devices") or []) or self.path.name
 
 
 # Tables
@@ -185,6 +189,25 @@ def _ways_of(seconds: dict[str, float]) -> str:
 # Pages
 
 
+def _cpu_layers(found: dict) -> list[str]:
+    """What the table of kinds shows, and the table."""
+    cold = "memory, as in a network" if found["cold"] else "the caches, as in a loop over one layer"
+    text = (
+        "Our kernel beside oneDNN's fused convolution with packed weights, held to the same instructions "
+        f"(`benchmarks/cpu_layers.py`); weights come from {cold}. oneDNN's time over ours, summed over the layers of a "
+        "kind (the least of a layer), from the fastest rounds:"
+    )
+    return [text, markdown(cpu_layers.summary(found["cells"]))]
+
+
+def _all_cpu_layers(found: dict) -> list[str]:
+    parts = ["## Layers beside oneDNN", *_cpu_layers(found), "![layers beside oneDNN](cpu_layers.svg)"]
+    parts.append("GFLOP/s are counted in direct convolutions; of peak: of the level's multiply-adds in registers.")
+    for name, cells in cpu_layers.groups(found["cells"]).items():
+        parts += [f"### {name}", markdown(cpu_layers.rows(cells))]
+    return parts
+
+
 def _about(folder: Folder) -> str:
     e, roof = folder.environment, folder.ceilings
     names = ("torch", "triton", "python", "threads", "isa_level", "commit")
@@ -204,6 +227,8 @@ def page(folder: Folder) -> str:
                   "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
     if folder.blocks:
         parts += ["## Blocks and operators", BLOCKS, blocks_table(folder.blocks)]
+    if folder.cpu_layers["cells"]:
+        parts += _all_cpu_layers(folder.cpu_layers)
     if rows := folder.farthest:
         worst = [f"{i}. {r['name']}: {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
                  for i, r in enumerate(rows[:WORST], 1)]  # fmt: skip
@@ -228,6 +253,8 @@ def write(path: Path, plot: bool = True) -> Folder:
     (path / "REPORT.md").write_text(page(folder))
     if plot and folder.peers.get("cells"):
         plots.peers(folder.peers, path / "peers.svg")
+    if plot and folder.cpu_layers["cells"]:
+        plots.layer_ratios(folder.cpu_layers, path / "cpu_layers.svg")
     layers = [row for row in folder.kernels if row["flops"]]
     if plot and layers and folder.ceilings:
         plots.roofline(layers, folder.ceilings, path / "roofline.svg")
@@ -236,7 +263,8 @@ def write(path: Path, plot: bool = True) -> Folder:
 
 def folders(results: Path) -> list[Path]:
     """The folders of results, each a device's."""
-    return sorted(path for path in results.iterdir() if (path / "peers.json").exists())
+    named = ("peers.json", "cpu_layers.json")
+    return sorted(path for path in results.iterdir() if any((path / name).exists() for name in named))
 
 
 def section(results: Path, readme: Path) -> str:
@@ -245,13 +273,17 @@ def section(results: Path, readme: Path) -> str:
     parts = [BEGIN]
     for path in folders(results):
         folder = Folder(path)
-        cells, at = folder.peers["cells"], f"{link}/{path.name}"
-        parts += [f"### {folder.device}", _about(folder), "Median milliseconds (time over ours), forward pass at "
-                  "224x224 pixels. " + summary(cells), peers_table(cells), "\n".join(_notes(cells))]  # fmt: skip
+        cells, at = folder.peers.get("cells", []), f"{link}/{path.name}"
+        parts += [f"### {folder.device}", _about(folder)]
+        if cells:
+            parts += ["Median milliseconds (time over ours), forward pass at 224x224 pixels. " + summary(cells),
+                      peers_table(cells), "\n".join(_notes(cells))]  # fmt: skip
         if (path / "peers.svg").exists():
             parts.append(f"![images a second of every peer]({at}/peers.svg)")
         if folder.blocks:
             parts += [BLOCKS, blocks_table(folder.blocks)]
+        if folder.cpu_layers["cells"]:
+            parts += _cpu_layers(folder.cpu_layers)
         if worst := folder.farthest[:3]:
             named = "; ".join(f"{r['name']} {r['fraction_of_bound']:.2f}" for r in worst)
             parts.append(f"Farthest from their bound: {named}.")

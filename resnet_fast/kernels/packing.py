@@ -41,6 +41,7 @@ class Packed(NamedTuple):
 
     kernel: ConvKernel
     weight: Tensor  # as the kernel wants it
+    bias: Tensor  # [K], in the dtype that the kernel wants
     output_size: torch.Size  # [N, K, P, Q]
 
 
@@ -86,8 +87,8 @@ class FoldedConv:
     the unfused path must run.
     """
 
-    bias: Tensor  # [K], in dtype
-    dtype: torch.dtype  # what is computed in
+    bias: Tensor  # [K], float32
+    dtype: torch.dtype  # what oneDNN would compute in
     geometry: Geometry
     has_residual: bool
     usable: bool
@@ -100,7 +101,7 @@ class FoldedConv:
         weight, bias = fold(*parameters)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
         dtype = _compute_dtype(weight, dtype)
-        return cls(bias.to(dtype), dtype, geometry, has_residual, usable)
+        return cls(bias, dtype, geometry, has_residual, usable)
 
     def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> None:
         """Packs the weight for inputs of this shape, if it is not yet; ``parameters`` as `fold` takes them."""
@@ -111,8 +112,9 @@ class FoldedConv:
         kernel = choose_conv_on_cpu(
             input_shape, weight_size, output_size, stride, dilation, groups, self.has_residual, self.dtype
         )
+        bias = self.bias.to(self.dtype) if kernel.name == "onednn" else self.bias
         self.packed[input_shape] = Packed(
-            kernel, self._weight(kernel, input_shape, parameters), torch.Size(output_size)
+            kernel, self._weight(kernel, input_shape, parameters), bias, torch.Size(output_size)
         )
         if len(self.packed) > _SHAPES_PER_WEIGHT:
             self.packed.pop(next(iter(self.packed)), None)
@@ -129,9 +131,9 @@ class FoldedConv:
                 return other.weight
         folded = fold(*parameters)[0].contiguous()
         if kernel.name == "winograd":
-            return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile)
+            return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
         if kernel.name == "gemm":
-            return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups)
+            return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups, kernel.bfloat16)
         return torch.ops.resnet_fast._pack_few_channels(folded)
 
     def _in_onednn_layout(self, folded: Tensor, input_shape: torch.Size) -> Tensor:
@@ -160,18 +162,18 @@ class FoldedConv:
         packed = self.packed.get(input.shape)
         if packed is None:
             return None
-        kernel, weight, size = packed
+        kernel, weight, bias, size = packed
         if residual is not None and not (residual.shape == size and residual.dtype == input.dtype and residual.is_cpu):
             return None
         if kernel.name == "winograd":
-            out, finite = _winograd(input, weight, self.bias, residual, self.geometry.padding, relu)
+            out, finite = _winograd(input, weight, bias, residual, self.geometry.padding, relu)
             if finite:
                 return out
             if self.direct is None:
                 return None
             weight = self.direct
         elif kernel.name == "onednn":
-            return _onednn(input, weight, self.bias, residual, *self.geometry, relu)
+            return _onednn(input, weight, bias, residual, *self.geometry, relu)
         elif kernel.name == "few channels":
-            return _few_channels(input, weight, self.bias, *self.geometry[:3], relu)
-        return _gemm(input, weight, self.bias, residual, *self.geometry, relu)
+            return _few_channels(input, weight, bias, *self.geometry[:3], relu)
+        return _gemm(input, weight, bias, residual, *self.geometry, relu)

@@ -18,37 +18,31 @@ constexpr int pixels_per_tile = 6;  // 12 + 2 + 1 of 16
 
 // `pixels` output pixels from `pixel` on, filters [filter, filter + 2 * width).
 template <int pixels, typename T>
-static inline void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
+static __attribute__((flatten)) void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
   const float* x = row.input + pixel * row.pixel_step;
   const float* w = row.weight + filter / (2 * width) * row.block_stride;
   vec sum[pixels][2];
-  for (int i = 0; i < pixels; ++i) {
-    sum[i][0] = load(row.bias + filter);
-    sum[i][1] = load(row.bias + filter + width);
-  }
+  each<pixels, 2>([&](int i, int j) { sum[i][j] = load(row.bias + filter + j * width); });
   for (int64_t t = 0; t < row.taps; ++t, w += 2 * width) {
     const float* xt = x + row.offsets[t];
     const vec w0 = load(w), w1 = load(w + width);
-    for (int i = 0; i < pixels; ++i) {
+    each<pixels, 1>([&](int i, int) {
       const vec xi = broadcast(xt[i * row.pixel_step]);
       sum[i][0] += xi * w0;
       sum[i][1] += xi * w1;
-    }
+    });
   }
+  if (row.relu) each<pixels, 2>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
   const int64_t left = row.filters - filter;
-  for (int i = 0; i < pixels; ++i) {
-    const vec a = row.relu ? relu(sum[i][0]) : sum[i][0], b = row.relu ? relu(sum[i][1]) : sum[i][1];
-    T* out = static_cast<T*>(row.output) + (pixel + i) * row.filters + filter;
-    if (left >= 2 * width) {
-      store(out, a);
-      store(out + width, b);
-    } else {
-      T both[2 * width];
-      store(both, a);
-      store(both + width, b);
-      for (int64_t k = 0; k < left; ++k) out[k] = both[k];
+  T* out = static_cast<T*>(row.output) + pixel * row.filters + filter;
+  each<pixels, 2>([&](int i, int j) {
+    T* to = out + i * row.filters + j * width;
+    if (left >= (j + 1) * width) {
+      store_rounded(to, sum[i][j]);
+    } else if (left > j * width) {
+      store_part(to, sum[i][j], left - j * width);
     }
-  }
+  });
 }
 
 // Pixels whose input (8 KiB for the 7x7 stem) and one block of filters (9 KiB) fit into the L1 cache, also where two
@@ -78,12 +72,16 @@ void conv_row(const ConvRow& row) {
   conv_row_into<f16>(row);
 }
 
+static inline float widened(float x) { return x; }
+static inline float widened(bf16 x) { return bf16_to_float(x.bits); }
+static inline float widened(f16 x) { return load_part(&x, 1)[0]; }
+
 template <typename T>
 static void widen_values(const T* from, int64_t step, int64_t n, float* to) {
   int64_t i = 0;
   if (step == 1)
     for (; i + width <= n; i += width) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = load_part(from + i * step, 1)[0];
+  for (; i < n; ++i) to[i] = widened(from[i * step]);
 }
 
 // n values of any type, `step` apart, as float32.

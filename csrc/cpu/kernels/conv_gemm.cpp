@@ -9,27 +9,46 @@
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
-// Pointers of output pixels [begin, end) to their input pixels: [tiles][taps][tile_rows].
+// Pointers to what the kernel meets at output pixel [n, p, q], `tile_rows` apart.
+template <typename T>
+static inline void find_row(const ConvShape& s, const T* input, const T* zeros, int64_t n, int64_t p, int64_t q,
+                            const T** at) {
+  for (int64_t r = 0; r < s.r; ++r) {
+    const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
+    const T* line = input + (n * s.h + y) * s.w * s.c;
+    for (int64_t t = 0; t < s.s; ++t, at += tile_rows) {
+      const int64_t x = q * s.stride[1] - s.padding[1] + t * s.dilation[1];
+      *at = y >= 0 && y < s.h && x >= 0 && x < s.w ? line + x * s.c : zeros;
+    }
+  }
+}
+
+// Pointers of output pixels [begin, end) to their input pixels: [tiles][taps][tile_rows]. The first one of a tile is
+// null where all of the tile meets padding: there is nothing to multiply (of 3x3 with stride 2 into 7x7 outputs 4 %).
 template <typename T>
 static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const T** row) {
   const ConvShape& s = conv.shape;
-  const int64_t taps = s.r * s.s;
   const T* zeros = static_cast<const T*>(conv.zeros);
   const T* input = static_cast<const T*>(conv.input) + group * (s.c / s.groups);
-  const int64_t tiles = tiles_of(end - begin);
-  int64_t tile = 0, tile_begin = begin;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    while (pixel >= begin + (end - begin) * (tile + 1) / tiles) tile_begin = begin + (end - begin) * ++tile / tiles;
-    const int64_t i = pixel - tile_begin;
-    const int64_t n = pixel / (s.p * s.q), p = pixel / s.q % s.p, q = pixel % s.q;
-    const T** at = row + tile * taps * tile_rows + i;
-    for (int64_t r = 0; r < s.r; ++r) {
-      const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
-      for (int64_t t = 0; t < s.s; ++t, at += tile_rows) {
-        const int64_t x = q * s.stride[1] - s.padding[1] + t * s.dilation[1];
-        const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
-        *at = inside ? input + ((n * s.h + y) * s.w + x) * s.c : zeros;
-      }
+  const int64_t tiles = tiles_of(end - begin), taps = s.r * s.s;
+  if (taps == 1 && s.stride[0] == 1 && s.stride[1] == 1 && s.p == s.h && s.q == s.w) {  // pixel for pixel
+    for (int64_t tile = 0, i = 0; tile < tiles; ++tile, row += tile_rows)
+      for (int64_t first = i; i < (end - begin) * (tile + 1) / tiles; ++i) row[i - first] = input + (begin + i) * s.c;
+    return;
+  }
+  int64_t n = begin / (s.p * s.q), p = begin / s.q % s.p, q = begin % s.q;
+  for (int64_t tile = 0; tile < tiles; ++tile, row += taps * tile_rows) {
+    const int64_t rows = (end - begin) * (tile + 1) / tiles - (end - begin) * tile / tiles;
+    for (int64_t i = 0; i < rows; ++i) {
+      find_row(s, input, zeros, n, p, q, row + i);
+      if (++q == s.q) q = 0, ++p;
+      if (p == s.p) p = 0, ++n;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const T** at = row + tap * tile_rows;
+      int64_t i = 0;
+      while (i < rows && at[i] == zeros) ++i;
+      if (i == rows) at[0] = nullptr;
     }
   }
 }
@@ -44,6 +63,7 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
     for (int64_t i = 0; i < rows; ++i, wide += depth) {
       const float** at = row + tile * tile_rows + i;
       const T* from = reinterpret_cast<const T*>(*at);
+      if (from == nullptr) break;
       int64_t k = 0;
       for (; k + width <= depth; k += width) store(wide + k, load(from + k));
       if (k < depth) store_part(wide + k, load_part(from + k, depth - k), depth - k);
@@ -54,124 +74,125 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
 
 int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
   const ConvShape& s = conv.shape;
-  const int64_t rows = tiles_of(pixels) * tile_rows, wide = conv.input_type == Storage::f32 ? 0 : s.c / s.groups;
+  const int64_t rows = tiles_of(pixels) * tile_rows;
+  const int64_t wide = conv.input_type == conv.weight_type ? 0 : s.c / s.groups;
   return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
 }
 
 // What the loops below agree on: output pixels [begin, begin + pixels) of one group.
+template <typename In>
 struct Block {
   const Conv& conv;
   int64_t taps, depth;     // kernel positions, channels of the group
   int64_t filters, first;  // of the group; its first one
-  const float* weight;     // of the group
+  const In* weight;        // of the group
   int64_t begin, pixels, tiles;
-  const float** row;  // [tiles][taps][tile_rows]
+  const In** row;  // [tiles][taps][tile_rows]
 };
 
-static inline int64_t first_pixel(const Block& b, int64_t tile) { return b.pixels * tile / b.tiles; }
-
-// Stores rows of sums as 16-bit values: what gemm_tile does itself for float32.
-template <typename T>
-static inline void finish(const Block& b, int64_t pixel, int64_t rows, int64_t filter, const float* sums,
-                          int64_t columns) {
-  const int64_t k = b.conv.shape.k, left = b.filters - filter;
-  for (int64_t i = 0; i < rows; ++i, sums += columns) {
-    const int64_t at = (b.begin + pixel + i) * k + b.first + filter;
-    const T* residual = b.conv.residual ? static_cast<const T*>(b.conv.residual) + at : nullptr;
-    T* out = static_cast<T*>(b.conv.output) + at;
-    for (int64_t j = 0; j < columns && j < left; j += width) {
-      vec v = load(sums + j);
-      if (left - j >= width) {
-        if (residual) v += load(residual + j);
-        store(out + j, b.conv.relu ? relu(v) : v);
-      } else {
-        if (residual) v += load_part(residual + j, left - j);
-        store_part(out + j, b.conv.relu ? relu(v) : v, left - j);
-      }
-    }
-  }
+template <typename In>
+static inline int64_t first_pixel(const Block<In>& b, int64_t tile) {
+  return b.pixels * tile / b.tiles;
 }
 
-static inline void finish(const Block& b, int64_t pixel, int64_t rows, int64_t filter, const float* sums,
-                          int64_t columns) {
-  if (b.conv.output_type == Storage::bf16) return finish<bf16>(b, pixel, rows, filter, sums, columns);
-  finish<f16>(b, pixel, rows, filter, sums, columns);
-}
-
-// Where a tile's finished float32 sums go.
-static inline TileOutput output_of(const Block& b, int64_t pixel, int64_t filter, int64_t columns) {
+// Where a tile's finished sums go.
+template <typename Out, typename In>
+static inline TileOutput output_of(const Block<In>& b, int64_t pixel, int64_t filter, int64_t columns) {
   const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
-  const float* residual = b.conv.residual ? static_cast<const float*>(b.conv.residual) + at : nullptr;
-  return {nullptr,    0, static_cast<float*>(b.conv.output) + at, residual, k, left < columns ? left : columns,
-          b.conv.relu};
+  const Out* residual = b.conv.residual ? static_cast<const Out*>(b.conv.residual) + at : nullptr;
+  return {nullptr, 0, static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns, b.conv.relu};
 }
 
 // Depth that is summed at once: each tile takes all panels in turn, so that outputs are written, and the residual read,
 // row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3 cores, batch 8).
-static void shallow(const Block& b, int64_t filter_begin, int64_t filter_end) {
-  const bool in_float32 = b.conv.output_type == Storage::f32;
+template <typename Out, typename In>
+static void shallow(const Block<In>& b, int64_t filter_begin, int64_t filter_end) {
   for (int64_t tile = 0; tile < b.tiles; ++tile) {
     const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
     for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
-      const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
-      float sums[tile_rows * panel_width];
-      TileOutput o{nullptr, 0, sums, nullptr, columns, columns, false};
-      if (in_float32) o = output_of(b, pixel, filter, columns);
+      const int64_t vectors = vectors_of_panel(b.filters, filter);
+      TileOutput o = output_of<Out>(b, pixel, filter, vectors * width);
       o.start = b.conv.bias + b.first + filter;
-      gemm_tiles[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
-                                        b.weight + filter * b.taps * b.depth, o);
-      if (!in_float32) finish(b, pixel, rows, filter, sums, columns);
+      GemmTiles<In, Out>::of[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
+                                                    b.weight + filter * b.taps * b.depth, o);
     }
   }
 }
 
 // Greater depth: each chunk of a panel is summed for all tiles in turn, while it is in the L1 cache.
-static void deep(const Block& b, int64_t filter_begin, int64_t filter_end, float* partial) {
-  const bool in_float32 = b.conv.output_type == Storage::f32;
-  const int64_t chunk = b.depth < depth_chunk ? b.depth : depth_chunk;
-  const int64_t chunk_taps = b.depth < depth_chunk ? depth_chunk / b.depth : 1;
+template <typename Out, typename In>
+static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  const int64_t chunk = b.depth < depth_chunk<In> ? b.depth : depth_chunk<In>;
+  const int64_t chunk_taps = b.depth < depth_chunk<In> ? depth_chunk<In> / b.depth : 1;
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
     const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
-    const float* panel = b.weight + filter * b.taps * b.depth;
+    const In* panel = b.weight + filter * b.taps * b.depth;
     for (int64_t tap = 0; tap < b.taps; tap += chunk_taps) {
       const int64_t taps = tap + chunk_taps < b.taps ? chunk_taps : b.taps - tap;
       for (int64_t k = 0; k < b.depth; k += chunk) {
         const int64_t depth = k + chunk < b.depth ? chunk : b.depth - k;
         const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
+        const auto& tiles = is_last ? GemmTiles<In, Out>::of : GemmTiles<In, float>::of;
         for (int64_t tile = 0; tile < b.tiles; ++tile) {
           const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
           float* sums = partial + pixel * columns;
           TileOutput o{sums, columns, sums, nullptr, columns, columns, false};
-          if (is_last && in_float32) o = output_of(b, pixel, filter, columns);
+          if (is_last) o = output_of<Out>(b, pixel, filter, columns);
           o.start = is_first ? b.conv.bias + b.first + filter : sums;
           o.start_stride = is_first ? 0 : columns;
-          gemm_tiles[vectors - 1][rows - 1](b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
-                                            panel + (tap * b.depth + k) * columns, o);
-          if (is_last && !in_float32) finish(b, pixel, rows, filter, sums, columns);
+          tiles[vectors - 1][rows - 1](b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
+                                       panel + (tap * b.depth + k) * columns, o);
         }
       }
     }
   }
 }
 
-void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
-               int64_t filter_end, void* scratch) {
+template <typename Out, typename In>
+static void multiply(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+  if (b.taps * b.depth <= depth_chunk<In>) return shallow<Out>(b, filter_begin, filter_end);
+  deep<Out>(b, filter_begin, filter_end, partial);
+}
+
+// `row` points into the maps or, in float32, to pixels widened to it.
+template <typename In>
+static void multiply(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixels, int64_t filter_begin,
+                     int64_t filter_end, const In** row, float* partial) {
   const ConvShape& s = conv.shape;
   const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups;
-  const int64_t pixels = pixel_end - pixel_begin, tiles = tiles_of(pixels),
-                padded = (filters + width - 1) / width * width;
+  const int64_t padded = (filters + width - 1) / width * width;
+  const In* weight = static_cast<const In*>(conv.weight) + group * padded * taps * depth;
+  const Block<In> block{conv,   taps,        depth,  filters,          group * filters,
+                        weight, pixel_begin, pixels, tiles_of(pixels), row};
+  if (conv.output_type == Storage::f32) return multiply<float>(block, filter_begin, filter_end, partial);
+  if (conv.output_type == Storage::bf16) return multiply<bf16>(block, filter_begin, filter_end, partial);
+  multiply<f16>(block, filter_begin, filter_end, partial);
+}
+
+void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
+               int64_t filter_end, void* scratch) {
+  const int64_t pixels = pixel_end - pixel_begin, rows = tiles_of(pixels) * tile_rows;
   const float** row = static_cast<const float**>(scratch);
-  float* partial = reinterpret_cast<float*>(row + tiles * taps * tile_rows);
-  float* wide = partial + tiles * tile_rows * panel_width;
+  float* partial = reinterpret_cast<float*>(row + rows * conv.shape.r * conv.shape.s);
+#if defined(__AVX512BF16__)
+  if (conv.weight_type == Storage::bf16) {
+    const bf16** bf16_row = static_cast<const bf16**>(scratch);
+    find_rows(conv, group, pixel_begin, pixel_end, bf16_row);
+    return multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, bf16_row, partial);
+  }
+#endif
+  float* wide = partial + rows * panel_width;
   if (conv.input_type == Storage::f32) find_rows(conv, group, pixel_begin, pixel_end, row);
   if (conv.input_type == Storage::bf16) widen_rows<bf16>(conv, group, pixel_begin, pixel_end, row, wide);
   if (conv.input_type == Storage::f16) widen_rows<f16>(conv, group, pixel_begin, pixel_end, row, wide);
-  const float* weight = conv.weight + group * padded * taps * depth;
-  const Block block{conv, taps, depth, filters, group * filters, weight, pixel_begin, pixels, tiles, row};
-  if (taps * depth <= depth_chunk) return shallow(block, filter_begin, filter_end);
-  deep(block, filter_begin, filter_end, partial);
+  multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, row, partial);
 }
 
+#if defined(__AVX512BF16__)
+extern const int64_t multiplies_bf16 = 1;
+#else
+extern const int64_t multiplies_bf16 = 0;
+#endif
 extern const int64_t vector_width = width;
 extern const int64_t gemm_panel = panel_width;
 

@@ -93,14 +93,14 @@ static inline Place place_of(const ConvShape& s, int64_t tile) {
 // Row length of the transformed input: channels in whole vectors.
 static inline int64_t row_length(const ConvShape& s) { return (s.c + width - 1) / width * width; }
 
-// From one product to the next in the transformed input and output of `tiles` tiles. 16 more floats than it takes: with
+// From one product to the next in the transformed input and output of `tiles` tiles. 16 more values than it takes: with
 // strides of a power of two the stores of one tile fall into the same few sets of the L1 cache.
 static inline int64_t input_stride(const ConvShape& s, int64_t tiles) { return tiles * row_length(s) + 16; }
 static inline int64_t output_stride(int64_t tiles) { return tiles * panel_width + 16; }
 
-template <int m, typename T>
+template <int m, typename T, typename In>
 static inline void transform_input(const T* const* pixel,  // [(m + 2)^2]
-                                   int64_t channel, int64_t channels, float* out, int64_t stride) {
+                                   int64_t channel, int64_t channels, In* out, int64_t stride) {
   constexpr int size = m + 2;
   vec rows[size][size];
   for (int j = 0; j < size; ++j) {
@@ -115,12 +115,12 @@ static inline void transform_input(const T* const* pixel,  // [(m + 2)^2]
   for (int i = 0; i < size; ++i) {
     vec t[size];
     Transform<m>::input(rows[i], t);
-    for (int j = 0; j < size; ++j) store(out + (i * size + j) * stride + channel, t[j]);
+    for (int j = 0; j < size; ++j) store_rounded(out + (i * size + j) * stride + channel, t[j]);
   }
 }
 
-template <int m, typename T>
-static void input_tiles(const Conv& conv, int64_t begin, int64_t end, float* transformed, int64_t stride) {
+template <int m, typename T, typename In>
+static void input_tiles(const Conv& conv, int64_t begin, int64_t end, In* transformed, int64_t stride) {
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
   const T *input = static_cast<const T*>(conv.input), *zeros = static_cast<const T*>(conv.zeros);
@@ -135,7 +135,7 @@ static void input_tiles(const Conv& conv, int64_t begin, int64_t end, float* tra
         pixel[i * size + j] = inside ? input + ((at.n * s.h + y) * s.w + x) * s.c : zeros;
       }
     }
-    float* out = transformed + (tile - begin) * row_length(s);
+    In* out = transformed + (tile - begin) * row_length(s);
     int64_t channel = 0;
     for (; channel + width <= s.c; channel += width) transform_input<m>(pixel, channel, width, out, stride);
     if (channel < s.c) transform_input<m>(pixel, channel, s.c - channel, out, stride);
@@ -172,7 +172,7 @@ static inline void transform_output(const Conv& conv, const float* products, int
       vec y = t[j] + bias;
       if (filters >= width) {
         if (residual) y += load(residual + to);
-        store(output + to, conv.relu ? relu(y) : y);
+        store_rounded(output + to, conv.relu ? relu(y) : y);
       } else {
         if (residual) y += load_part(residual + to, filters);
         store_part(output + to, conv.relu ? relu(y) : y, filters);
@@ -182,25 +182,26 @@ static inline void transform_output(const Conv& conv, const float* products, int
   *check += sum - sum;
 }
 
-template <int m, typename T>
-static bool output_panel(const Conv& conv, const float* transformed, int64_t stride, int64_t begin, int64_t end,
+template <int m, typename T, typename In>
+static bool output_panel(const Conv& conv, const In* transformed, int64_t stride, int64_t begin, int64_t end,
                          int64_t filter, float* products) {
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
   const int64_t count = end - begin, vectors = vectors_of_panel(s.k, filter), columns = vectors * width;
   const int64_t tiles = tiles_of(count), products_stride = output_stride(count);
-  const float* panel = conv.weight + filter * size * size * s.c;
+  const int64_t channels = (s.c + per_step<In> - 1) / per_step<In> * per_step<In>;
+  const In* panel = static_cast<const In*>(conv.weight) + filter * size * size * channels;
   for (int xi = 0; xi < size * size; ++xi) {
-    for (int64_t k = 0; k < s.c; k += depth_chunk) {
-      const int64_t depth = k + depth_chunk < s.c ? depth_chunk : s.c - k;
+    for (int64_t k = 0; k < channels; k += depth_chunk<In>) {
+      const int64_t depth = k + depth_chunk<In> < channels ? depth_chunk<In> : channels - k;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = count * t / tiles, rows = count * (t + 1) / tiles - first;
-        const float* row[tile_rows];
+        const In* row[tile_rows];
         for (int64_t i = 0; i < rows; ++i) row[i] = transformed + xi * stride + (first + i) * row_length(s);
         float* out = products + xi * products_stride + first * columns;
         const float* start = k == 0 ? nullptr : out;
-        gemm_tiles[vectors - 1][rows - 1](row, 1, k, depth, panel,
-                                          {start, columns, out, nullptr, columns, columns, false});
+        GemmTiles<In, float>::of[vectors - 1][rows - 1](row, 1, k, depth, panel,
+                                                        {start, columns, out, nullptr, columns, columns, false});
       }
       panel += depth * columns;
     }
@@ -224,10 +225,15 @@ static void input_of_type(const Conv& conv, int64_t m, int64_t begin, int64_t en
   input_tiles<5, T>(conv, begin, end, transformed, stride);
 }
 
-void winograd_input(const Conv& conv, int64_t m, int64_t begin, int64_t end, float* transformed, int64_t stride) {
-  if (conv.input_type == Storage::f32) return input_of_type<float>(conv, m, begin, end, transformed, stride);
-  if (conv.input_type == Storage::bf16) return input_of_type<bf16>(conv, m, begin, end, transformed, stride);
-  input_of_type<f16>(conv, m, begin, end, transformed, stride);
+void winograd_input(const Conv& conv, int64_t m, int64_t begin, int64_t end, void* transformed, int64_t stride) {
+#if defined(__AVX512BF16__)
+  if (conv.weight_type == Storage::bf16)
+    return input_tiles<2, bf16>(conv, begin, end, static_cast<bf16*>(transformed), stride);
+#endif
+  float* out = static_cast<float*>(transformed);
+  if (conv.input_type == Storage::f32) return input_of_type<float>(conv, m, begin, end, out, stride);
+  if (conv.input_type == Storage::bf16) return input_of_type<bf16>(conv, m, begin, end, out, stride);
+  input_of_type<f16>(conv, m, begin, end, out, stride);
 }
 
 template <typename T>
@@ -238,12 +244,16 @@ static bool output_of_type(const Conv& conv, int64_t m, const float* transformed
   return output_panel<5, T>(conv, transformed, stride, begin, end, filter, products);
 }
 
-bool winograd_output(const Conv& conv, int64_t m, const float* transformed, int64_t stride, int64_t begin, int64_t end,
+bool winograd_output(const Conv& conv, int64_t m, const void* transformed, int64_t stride, int64_t begin, int64_t end,
                      int64_t filter, float* products) {
+#if defined(__AVX512BF16__)
+  if (conv.weight_type == Storage::bf16)
+    return output_panel<2, bf16>(conv, static_cast<const bf16*>(transformed), stride, begin, end, filter, products);
+#endif
   const auto run = conv.output_type == Storage::f32    ? output_of_type<float>
                    : conv.output_type == Storage::bf16 ? output_of_type<bf16>
                                                        : output_of_type<f16>;
-  return run(conv, m, transformed, stride, begin, end, filter, products);
+  return run(conv, m, static_cast<const float*>(transformed), stride, begin, end, filter, products);
 }
 
 int64_t winograd_input_stride(const ConvShape& s, int64_t tiles) { return input_stride(s, tiles); }

@@ -14,82 +14,123 @@ constexpr int64_t prefetch_steps = 128;
 
 // Depth that is summed at a time, before the next tile has its turn: so much of a panel (16 KiB with AVX2) stays in the
 // L1 cache, and sums of sums lose less accuracy than one long sum.
-constexpr int64_t depth_chunk = 256;
+template <typename In>
+constexpr int64_t depth_chunk = 256 * (sizeof(float) / sizeof(In));
 
 // Rows are split into that many tiles as evenly as can be, since tiles of few rows wait for the sums' latency.
 static inline int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
 
 // Where a tile's sums start and go.
 struct TileOutput {
-  const float* start;  // [rows][vectors * width] with rows `start_stride` apart: 0 for a bias
+  const float* start;  // [rows][vectors * width] with rows `start_stride` apart: 0 for a bias; null for zeros
   int64_t start_stride;
-  float* out;             // [rows][columns]
-  const float* residual;  // the same, or null
-  int64_t out_stride;     // from row to row of both
-  int64_t columns;        // filters that exist; those behind them are computed but not stored
+  void* out;             // [rows][columns]
+  const void* residual;  // the same, or null
+  int64_t out_stride;    // from row to row of both
+  int64_t columns;       // filters that exist; those behind them are computed but not stored
   bool relu;
 };
 
-template <int rows, int vectors>
+template <typename Out, int rows, int vectors>
 static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
-  const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
+  const Out* residual = static_cast<const Out*>(o.residual);
+  Out* out = static_cast<Out*>(o.out);
   if (o.start) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.start + i * o.start_stride + j * width); });
   if (o.columns == vectors * width) {
-    if (o.residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.residual + at(i, j)); });
+    const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
+    if (residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(residual + at(i, j)); });
     if (o.relu) each<rows, vectors>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
-    each<rows, vectors>([&](int i, int j) { store(o.out + at(i, j), sum[i][j]); });
+    each<rows, vectors>([&](int i, int j) { store_rounded(out + at(i, j), sum[i][j]); });
     return;
   }
+  float values[rows * vectors * width];
+  each<rows, vectors>([&](int i, int j) { store(values + (i * vectors + j) * width, sum[i][j]); });
   for (int i = 0; i < rows; ++i) {
-    float values[vectors * width];
-    for (int j = 0; j < vectors; ++j) store(values + j * width, sum[i][j]);
-    for (int64_t k = 0; k < o.columns; ++k) {
-      const float v = o.residual ? values[k] + o.residual[at(i, 0) + k] : values[k];
-      o.out[at(i, 0) + k] = o.relu && v < 0.0f ? 0.0f : v;
+    for (int64_t j = 0; j < o.columns; j += width) {
+      const int64_t left = o.columns - j, at = i * o.out_stride + j;
+      vec v = load(values + i * vectors * width + j);
+      if (residual) v += load_part(residual + at, left);
+      store_part(out + at, o.relu ? relu(v) : v, left);
     }
   }
 }
 
+// A step of the depth takes a float of a row and of every filter, or a pair of bf16 values.
+template <typename In>
+constexpr int64_t per_step = sizeof(float) / sizeof(In);
+
+static inline vec row_step(const float* row) { return broadcast(*row); }
+static inline vec panel_step(const float* panel) { return load(panel); }
+static inline vec multiply_add(const float*, vec row, vec panel, vec sum) { return sum + row * panel; }
+
+#if defined(__AVX512BF16__)
+static inline vec row_step(const bf16* row) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, row, sizeof(pair));
+  return (vec)(bits32{} + pair);
+}
+static inline vec panel_step(const bf16* panel) {
+  vec pairs;
+  __builtin_memcpy(&pairs, panel, sizeof(pairs));
+  return pairs;
+}
+static inline vec multiply_add(const bf16*, vec row, vec panel, vec sum) {
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)panel);
+}
+#endif
+
 // out = relu(start + sum over taps and depth of rows * panel + residual)
-template <int rows, int vectors>
-static void gemm_tile(const float* const* row,  // [taps][tile_rows]
-                      int64_t taps,
-                      int64_t offset,  // into every row
-                      int64_t depth,
-                      const float* panel,  // [taps][depth][vectors * width]
-                      const TileOutput& o) {
+template <int rows, int vectors, typename In, typename Out>
+static __attribute__((flatten)) void gemm_tile(const In* const* row,  // [taps][tile_rows]; row[tap][0] null: zeros
+                                               int64_t taps,
+                                               int64_t offset,   // into every row
+                                               int64_t depth,    // a multiple of per_step
+                                               const In* panel,  // [taps][depth / per_step][vectors * width][per_step]
+                                               const TileOutput& o) {
+  constexpr int64_t step = per_step<In>, step_size = step * vectors * width;
   vec sum[rows][vectors];
   each<rows, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
   for (int64_t t = 0; t < taps; ++t, row += tile_rows) {
-    const float* a[rows];
-    for (int i = 0; i < rows; ++i) a[i] = row[i] + offset;
-    for (int64_t k = 0; k < depth; ++k, panel += vectors * width) {
-      __builtin_prefetch(panel + prefetch_steps * vectors * width);
-      vec b[vectors];
-      for (int j = 0; j < vectors; ++j) b[j] = load(panel + j * width);
-      for (int i = 0; i < rows; ++i) {
-        const vec x = broadcast(a[i][k]);
-        for (int j = 0; j < vectors; ++j) sum[i][j] += x * b[j];
-      }
+    if (row[0] == nullptr) {
+      panel += depth * vectors * width;
+      continue;
+    }
+    const In* a[rows];
+    each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
+    for (int64_t k = 0; k < depth; k += step, panel += step_size) {
+      __builtin_prefetch(panel + prefetch_steps * step_size);
+      vec b[vectors], x;
+      each<vectors, 1>([&](int j, int) { b[j] = panel_step(panel + j * width * step); });
+      each<rows, vectors>([&](int i, int j) {
+        if (j == 0) x = row_step(a[i] + k);
+        sum[i][j] = multiply_add(panel, x, b[j], sum[i][j]);
+      });
     }
   }
-  store_tile(sum, o);
+  store_tile<Out>(sum, o);
 }
 
-typedef void (*GemmTile)(const float* const*, int64_t, int64_t, int64_t, const float*, const TileOutput&);
+namespace {  // a static member would be a weak symbol
 
-#define RESNET_FAST_TILES(vectors)                                      \
-  {gemm_tile<1, vectors>, gemm_tile<2, vectors>, gemm_tile<3, vectors>, \
-   gemm_tile<4, vectors>, gemm_tile<5, vectors>, gemm_tile<6, vectors>}
-static_assert(tile_rows == 6);
-static const GemmTile gemm_tiles[panel_vectors][tile_rows] = {
-    RESNET_FAST_TILES(1),
-    RESNET_FAST_TILES(2),
+// By vectors of the panel and rows, less one each.
+template <typename In, typename Out>
+struct GemmTiles {
+  typedef void (*Tile)(const In* const*, int64_t, int64_t, int64_t, const In*, const TileOutput&);
+  static_assert(tile_rows == 6);
+#define RESNET_FAST_TILES(vectors)                                                                 \
+  {gemm_tile<1, vectors, In, Out>, gemm_tile<2, vectors, In, Out>, gemm_tile<3, vectors, In, Out>, \
+   gemm_tile<4, vectors, In, Out>, gemm_tile<5, vectors, In, Out>, gemm_tile<6, vectors, In, Out>}
+  static constexpr Tile of[panel_vectors][tile_rows] = {
+      RESNET_FAST_TILES(1),
+      RESNET_FAST_TILES(2),
 #if defined(__AVX512F__)
-    RESNET_FAST_TILES(3),
-    RESNET_FAST_TILES(4),
+      RESNET_FAST_TILES(3),
+      RESNET_FAST_TILES(4),
 #endif
+  };
 };
+
+}  // namespace
 
 // Vectors of the panel that starts at `filter`: the last one of a group is as narrow as its filters allow.
 static inline int64_t vectors_of_panel(int64_t filters, int64_t filter) {
