@@ -152,7 +152,7 @@ class FoldedConv:
     ) -> Tensor:
         """The convolution with a ReLU and max-pooling behind it, where ``packed`` is for few channels."""
         pool = (kernel_size, stride, padding)
-        return _few_channels_max_pool(input, packed.weight, self.bias, *self.geometry[:3], *pool)
+        return _few_channels_max_pool(input, packed.weight, packed.bias, *self.geometry[:3], *pool)
 
     def run(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
         """The convolution, or None if something must be packed first or the residual does not fit.

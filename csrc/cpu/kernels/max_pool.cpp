@@ -45,8 +45,10 @@ static inline void pool(const PoolRow& row, const Taps& t, int64_t channel, int6
   each<vectors, 1>([&](int i, int) {
     if (n < width) {
       store_part(out + channel, largest[i], n);
-    } else {
+    } else if constexpr (sizeof(In) == sizeof(Out)) {
       store(out + channel + i * width, largest[i]);
+    } else {  // sums of a convolution, rounded as its own store does it
+      store_rounded(out + channel + i * width, largest[i]);
     }
   });
 }
