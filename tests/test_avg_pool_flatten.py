@@ -1,15 +1,15 @@
 import pytest
 import torch
-from checks import LAYOUTS, assert_accurate, assert_passes_at_level, assert_same_special_values
+from checks import LAYOUTS, assert_accurate, assert_same_special_values
 from torch.library import opcheck
 
 import resnet_fast
-from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.ops import avg_pool_flatten, avg_pool_flatten_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Around every vector width (4, 8, 16), around four of them, and around the 256 channels that a thread takes at a time.
 CHANNELS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 256, 257, 600)
+LEVEL_TESTS = "channels or sizes or nothing"  # with test_max_pool.py, in one process a level
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -185,11 +185,6 @@ def test_thread_counts(threads, format):
         assert torch.equal(avg_pool_flatten(x), out)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("level", CPU_LEVELS)
-def test_every_level(level):
-    assert_passes_at_level(__file__, level, "channels or sizes or special or nothing or strides")
 
 
 @pytest.mark.gpu
