@@ -37,7 +37,7 @@ _op_cpu = torch.ops.resnet_fast._avg_pool_flatten_cpu.default
 
 def _kernel(input: Tensor) -> Tensor:
     check_avg_pool_flatten(input)
-    if choose("avg_pool_flatten", input.device.type, input.dtype).backend == "cpu":
+    if choose("avg_pool_flatten", "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu":
         return _op_cpu(input)
     return avg_pool_flatten_ref(input).contiguous()
 

@@ -96,7 +96,9 @@ def _kernel(
     _pooled_size(size, pool)
     if packed is not None and packed.kernel.name == "few channels":
         return folded.run_max_pool(packed, input, *pool)
-    out = conv_kernel(input, *parameters, None, stride, padding, dilation, groups, eps, True)
+    out = None if packed is None else folded.run(input, None, relu=True)
+    if out is None:
+        out = conv_kernel(input, *parameters, None, stride, padding, dilation, groups, eps, True)
     return max_pool_kernel(out, *pool, (1, 1), False)
 
 

@@ -103,7 +103,7 @@ _op_cpu = torch.ops.resnet_fast._max_pool_cpu.default
 def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
     pairs = _pairs(kernel_size, stride, padding, dilation)
     size = check_max_pool(input, *pairs, ceil_mode)
-    if choose("max_pool", input.device.type, input.dtype).backend == "cpu":
+    if choose("max_pool", "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu":
         return _op_cpu(input, *pairs, size[2:])
     return as_channels_last(max_pool_ref(input, *pairs, ceil_mode))
 
