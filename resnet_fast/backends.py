@@ -30,6 +30,8 @@ else:
         _cuda_library_error = "built without CUDA kernels (no nvcc at install time)" if missing else str(error)
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+_CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool")
+_ON_THE_CPU = ("add_relu", "avg_pool_flatten", "max_pool")  # whether torch has oneDNN or not
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
 
 # Asked at import, outside any tracing mode, since operators called under one are traced instead of run.
@@ -89,17 +91,17 @@ def declare_interpreter_repaired() -> None:
 
 def _reference() -> Backend:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return Backend("reference", ("add_relu", "conv_bn_relu"), devices, "plain torch operators")
+    return Backend("reference", (*_ON_THE_CPU, *_CONVOLUTIONS), devices, "plain torch operators")
 
 
 def _cpu() -> Backend:
-    operators = ("add_relu", "conv_bn_relu")
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
     try:
         level = cpu_level()
     except RuntimeError as error:
         return Backend("cpu", operators, (), str(error))
     if not torch.backends.mkldnn.is_available():
-        return Backend("cpu", ("add_relu",), ("cpu",), f"C++ kernels at level {level}; this torch has no oneDNN")
+        return Backend("cpu", _ON_THE_CPU, ("cpu",), f"C++ kernels at level {level}; this torch has no oneDNN")
     return Backend("cpu", operators, ("cpu",), f"C++ kernels at level {level}, oneDNN convolutions")
 
 

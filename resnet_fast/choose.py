@@ -83,7 +83,9 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
     if device == "cpu":
         if operator not in backends()["cpu"].operators:
             return choice("reference", "this torch has no oneDNN")
-        if operator == "conv_bn_relu" and not library_enabled:
+        if operator in ("max_pool", "avg_pool_flatten"):
+            return choice("cpu", "vectors of channels on maps in channels_last")
+        if operator != "add_relu" and not library_enabled:
             return choice("reference", "torch.backends.mkldnn.enabled is False")
         return choice("cpu", "fused: one pass over the output")
     if device == "cuda":
@@ -94,6 +96,10 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
             return choice("reference", "torch.backends.cudnn.enabled is False")
         if operator == "conv_bn_relu" and "cuda" in works:
             return choice("cuda", "fused: one pass over the output")
+        if operator in ("max_pool", "avg_pool_flatten"):
+            return choice("reference", "no kernel of our own")
+        if operator == "conv_bn_relu_max_pool":
+            return choice("reference", "no kernel of our own: conv_bn_relu, then torch's max-pooling")
         return choice("reference", backends()["cuda"].reason)
     return choice("reference", f"no kernels for {device} tensors")
 
@@ -103,7 +109,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
     if backend == "reference":
         return "torch"
     if backend == "cpu":
-        if operator == "add_relu":
+        if operator in ("add_relu", "max_pool", "avg_pool_flatten"):
             return f"C++ {cpu_level()}"
         in_bfloat16 = dtype == torch.bfloat16 and _multiplies_bfloat16()
         if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:

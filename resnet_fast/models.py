@@ -35,7 +35,19 @@ from torchvision.models.resnet import (
 )
 
 from .nn.blocks import BasicBlock, Bottleneck
-from .nn.fused import conv_bn, is_plain_tensor, may_fuse_input, why_plain_conv_bn, why_plain_relu
+from .nn.fused import (
+    conv_bn,
+    conv_bn_max_pool,
+    is_plain_tensor,
+    may_avg_pool,
+    may_fuse_input,
+    may_max_pool,
+    why_plain_avg_pool,
+    why_plain_conv_bn,
+    why_plain_max_pool,
+    why_plain_relu,
+)
+from .ops import avg_pool_flatten
 
 __all__ = [
     "BasicBlock",
@@ -65,7 +77,7 @@ __all__ = [
 
 
 class ResNet(tv.ResNet):
-    """torchvision's ResNet with a fused stem; its blocks are fused if they are this package's.
+    """torchvision's ResNet with a fused stem and average pooling; its blocks are fused if they are this package's.
 
     Arguments, attributes and state_dict are torchvision's. In training mode exactly torch's operators run.
     """
@@ -76,27 +88,39 @@ class ResNet(tv.ResNet):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
-        x = self.maxpool(x)
 
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
 
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
+        x = self._average(x)
         return self.fc(x)
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
-                return conv_bn(x, self.conv1, self.bn1)
-        return self.relu(self.bn1(self.conv1(x)))
+                if self.why_plain_max_pool() is None and may_max_pool(x):
+                    return conv_bn_max_pool(x, self.conv1, self.bn1, self.maxpool)
+                return self.maxpool(conv_bn(x, self.conv1, self.bn1))
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+    def _average(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if is_plain_tensor(x) and not self.training:
+                if why_plain_avg_pool("avgpool", self.avgpool) is None and may_avg_pool(x):
+                    return avg_pool_flatten(x)
+        return torch.flatten(self.avgpool(x), 1)
 
     @torch.jit.unused
     def why_plain(self) -> str | None:
         """Why the stem (conv1, bn1, relu) runs torch's operators, judged by its modules, or None if it is fused."""
         return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1) or why_plain_relu("relu", self.relu)
+
+    @torch.jit.unused
+    def why_plain_max_pool(self) -> str | None:
+        """Why maxpool runs torch's operator behind a fused stem, judged by the module, or None if it is fused too."""
+        return why_plain_max_pool("maxpool", self.maxpool)
 
 
 def _builder(name: str, block: type, layers: list[int], weights_enum: Any, **defaults: int) -> Callable[..., ResNet]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -36,17 +37,25 @@ def assert_same_special_values(out: Tensor, ref: Tensor) -> None:
     assert torch.equal(out.isneginf(), ref.isneginf())
 
 
-def assert_passes_at_level(file: str, level: str, tests: str) -> None:
-    """The tests of ``file`` that ``-k tests`` selects pass in a process whose CPU kernels are of one level."""
+@cache
+def _reason_at(level: str) -> str:
+    """What `backends` says of the CPU's kernels where they are forced to be of one level."""
+    env = {**os.environ, "RESNET_FAST_CPU_LEVEL": level}
+    command = [sys.executable, "-c", "import resnet_fast; print(resnet_fast.backends()['cpu'].reason)"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def assert_passes_at_level(files: str | list[str], level: str, tests: str) -> None:
+    """The tests of ``files`` that ``-k tests`` selects pass in a process whose CPU kernels are of one level."""
     if os.environ.get("RESNET_FAST_CPU_LEVEL"):
         pytest.skip("already inside a forced level")
     env = {**os.environ, "RESNET_FAST_CPU_LEVEL": level}
-    command = [sys.executable, "-c", "import resnet_fast; print(resnet_fast.backends()['cpu'].reason)"]
-    reason = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    files = [files] if isinstance(files, str) else files
+    reason = _reason_at(level)
     if "does not have that level" in reason:
         pytest.skip(reason.strip())
     assert f"level {level}" in reason
-    run = [sys.executable, "-m", "pytest", file, "-q", "-k", tests, "-p", "no:cacheprovider"]
+    run = [sys.executable, "-m", "pytest", *files, "-q", "-k", tests, "-p", "no:cacheprovider"]
     result = subprocess.run(run, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:]
 

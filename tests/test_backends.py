@@ -93,6 +93,12 @@ out = torch.ops.resnet_fast.conv_bn_relu(x, w, v[0], None, None, *v[2:], None, [
 ref = torch.conv2d(x, w, v[0], (2, 1), (1, 0), (1, 2))
 assert torch.equal(out, torch.batch_norm(ref, None, None, *v[2:], False, 0.0, 1e-5, False))
 assert torch.equal(torch.ops.resnet_fast.add_relu(x, x.flip(0)), torch.relu(x + x.flip(0)))
+out = torch.ops.resnet_fast.conv_bn_relu_max_pool(x, w, None, *v, [1, 1], [1, 1], [1, 1], 1, 0.5, [3, 3], [2, 2], [1, 1])
+ref = torch.batch_norm(torch.conv2d(x, w, None, 1, 1), *v, False, 0.0, 0.5, False)
+assert torch.equal(out, torch.max_pool2d(torch.relu(ref), 3, 2, 1))
+out = torch.ops.resnet_fast.max_pool(x, [2, 3], [2, 1], [1, 0], [1, 2], True)
+assert torch.equal(out, torch.max_pool2d(x, (2, 3), (2, 1), (1, 0), (1, 2), True))
+assert torch.equal(torch.ops.resnet_fast.avg_pool_flatten(x), x.mean((2, 3)))
 """
     result = python(code)
     assert result.returncode == 0, result.stderr

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from checks import UNIT_ROUNDOFF, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import feature_extraction, segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import backbone_utils
@@ -343,6 +344,78 @@ def test_replaced_parts(both):
     small = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert_same(ours(small), stock(small))
+
+
+def operators(model, x):
+    """Names of the operators that a pass runs."""
+    seen = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Note():
+        model(x)
+    return seen
+
+
+OUR_POOLS = ("resnet_fast::conv_bn_relu_max_pool", "resnet_fast::avg_pool_flatten")
+
+
+def test_pooling_is_ours_in_eval_mode_without_gradient(both, x):
+    ours = copy.deepcopy(both[0])
+    found = operators(ours, x)  # a gradient is asked for
+    assert "resnet_fast::conv_bn_relu" in found and not any(name in found for name in OUR_POOLS)
+    with torch.no_grad():
+        found = operators(ours, x)
+        assert all(found.count(name) == 1 for name in OUR_POOLS)
+        assert not any("max_pool2d" in name or "mean" in name for name in found)
+        assert not any("resnet_fast" in name for name in operators(ours.train(), x))
+        conv = resnet_fast.explain(ours.eval(), x).convolutions[0]
+    assert conv.name == "conv1" and conv.ours and conv.kernel.endswith("max-pooling in the same pass")
+    assert "after maxpool" in resnet_fast.explain(ours).blocks[0].reason
+    with resnet_fast.use_backend("reference"):
+        assert not any("resnet_fast" in name for name in operators(ours, x))
+
+
+OTHER_POOLS = {
+    "ceil_mode": ("maxpool", lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), True),
+    "dilation": ("maxpool", lambda: nn.MaxPool2d(3, 2, 1, dilation=2), True),
+    "average": ("maxpool", lambda: nn.AvgPool2d(3, 2, 1), True),
+    "nothing": ("maxpool", nn.Identity, True),
+    "other sizes": ("maxpool", lambda: nn.MaxPool2d((2, 4), padding=(1, 2)), False),
+    "global maximum": ("avgpool", lambda: nn.AdaptiveMaxPool2d(1), True),
+    "fixed average": ("avgpool", lambda: nn.AvgPool2d(2), True),
+    "one number": ("avgpool", lambda: nn.AdaptiveAvgPool2d(1), False),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_POOLS)
+def test_other_pooling(both, x, case):
+    name, make, plain = OTHER_POOLS[case]
+    ours, stock = map(copy.deepcopy, both)
+    for m in (ours, stock):
+        setattr(m, name, make())
+    with torch.no_grad():
+        assert_same(ours(x), stock(x))
+        assert (OUR_POOLS[name == "avgpool"] in operators(ours, x)) != plain
+        assert OUR_POOLS[name == "maxpool"] in operators(ours, x)
+    assert all(fused(ours))
+    if plain and name == "maxpool":
+        assert "maxpool runs torch's operator: maxpool" in str(resnet_fast.explain(ours))
+
+
+@pytest.mark.parametrize("name", ("maxpool", "avgpool"))
+def test_hooks_on_pooling_run(both, x, name):
+    ours, stock = map(copy.deepcopy, both)
+    seen = []
+    for m in (ours, stock):
+        getattr(m, name).register_forward_hook(lambda mod, args, out: seen.append(out))
+    with torch.no_grad():
+        assert_same(ours(x), stock(x))
+        assert OUR_POOLS[name == "avgpool"] not in operators(ours, x)
+    assert_same(seen[0], seen[1])
 
 
 def test_hooks_on_an_inner_layer_run(both, x):

@@ -9,9 +9,10 @@ namespace resnet_fast {
 using torch::stable::Tensor;
 
 Tensor avg_pool_flatten_cpu(const Tensor& input) {  // [N, C, H, W], any strides; returns [N, C]
-  const bool planes = input.is_contiguous();
+  STD_TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions [N, C, H, W]");
+  const int64_t n = input.size(0), c = input.size(1), pixels = input.size(2) * input.size(3);
+  const bool planes = input.is_contiguous() && pixels > 1;
   const Tensor x = planes ? input : torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast);
-  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
   Tensor out = torch::stable::empty({n, c}, x.scalar_type());
   const Storage type = storage_of(x.scalar_type());
   const char* from = static_cast<const char*>(x.const_data_ptr());

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "conv.h"
 #include "parallel.h"
@@ -16,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct PoolBands {};
+struct PoolBands {};  // rows of the convolution, kept for the pooling
 
 // The convolution row by row.
 class FewChannels {
@@ -155,15 +156,15 @@ Tensor conv_few_channels_max_pool(const Tensor& input, const Tensor& packed_weig
   const ConvShape& s = conv.shape;
   const int64_t height = output_extent(s.p, kernel_size[0], pool_stride[0], pool_padding[0], 1);
   const int64_t width = output_extent(s.q, kernel_size[1], pool_stride[1], pool_padding[1], 1);
+  STD_TORCH_CHECK(height > 0 && width > 0, "the pooling kernel must fit into the padded map");
   Tensor out = empty_map({s.n, s.k, height, width}, input.scalar_type());
   const Storage type = storage_of(input.scalar_type());
   char* output = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_size = s.q * s.k, kept = kernel_size[0];
 
-  // Bands of output rows: whole images if there are enough of them, since where two bands meet both compute a row.
+  // Bands of output rows, as few as give every thread the same number: where two bands meet both compute a row.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = s.n == 0 ? 1 : (2 * threads + s.n - 1) / s.n;
-  const int64_t bands = s.n >= threads && s.n % threads == 0 ? 1 : std::clamp<int64_t>(wanted, 1, height);
+  const int64_t bands = std::min(height, threads / std::gcd(s.n, threads));
   for_each_item(s.n * bands, s.n * s.p * conv.multiplications_of_row(), [&](int64_t item) {
     const int64_t n = item / bands, band = item % bands;
     FewChannels::Rows input_rows = conv.rows();

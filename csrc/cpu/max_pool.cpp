@@ -1,6 +1,8 @@
 // The host side of max-pooling on the CPU; the loops are in kernels/max_pool.cpp.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "conv.h"
 
 namespace resnet_fast {
@@ -10,6 +12,8 @@ using torch::stable::Tensor;
 Tensor max_pool_cpu(const Tensor& input,  // [N, C, H, W], any strides
                     std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, std::vector<int64_t> output_size) {
+  STD_TORCH_CHECK(input.dim() == 4 && std::min(output_size[0], output_size[1]) > 0,
+                  "input must have 4 dimensions [N, C, H, W], and the output pixels");
   const Tensor x = torch::stable::contiguous(input, torch::headeronly::MemoryFormat::ChannelsLast);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), p = output_size[0], q = output_size[1];
   Tensor out = empty_map({n, c, p, q}, x.scalar_type());

@@ -19,6 +19,7 @@ from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
 
 _onednn = torch.ops.resnet_fast._conv_onednn.default
 _few_channels = torch.ops.resnet_fast._conv_few_channels.default
+_few_channels_max_pool = torch.ops.resnet_fast._conv_few_channels_max_pool.default
 _gemm = torch.ops.resnet_fast._conv_gemm.default
 _winograd = torch.ops.resnet_fast._conv_winograd.default
 
@@ -145,6 +146,13 @@ class FoldedConv:
             ):
                 return other.weight
         return weight
+
+    def run_max_pool(
+        self, packed: Packed, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
+    ) -> Tensor:
+        """The convolution with a ReLU and max-pooling behind it, where ``packed`` is for few channels."""
+        pool = (kernel_size, stride, padding)
+        return _few_channels_max_pool(input, packed.weight, packed.bias, *self.geometry[:3], *pool)
 
     def run(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
         """The convolution, or None if something must be packed first or the residual does not fit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ops.conv_bn_relu import kernel_for
-from .fused import choice_for
+from ..choose import Choice
+from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
+from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
+from .fused import choice_for, fused_backend
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,25 @@ class _Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.resnet_fast.conv_bn_relu.default:
-            self._note(args[0], args[1], out, *kernel_for(*args))
+            self._note(args[0], args[1], out.numel(), *kernel_for(*args))
+        elif func is torch.ops.resnet_fast.conv_bn_relu_max_pool.default:
+            size = conv_output_size(args[0], args[1], *conv_pairs(*args[7:10]))
+            self._note(args[0], args[1], prod(size), *kernel_for_max_pool(*args))
         elif func is torch.ops.aten.convolution.default:
-            self._note(args[0], args[1], out, "torch", False)
+            self._note(args[0], args[1], out.numel(), "torch", False)
         return out
 
-    def _note(self, x: Tensor, weight: Tensor, out: Tensor, kernel: str, ours: bool) -> None:
-        flops = 2 * out.numel() * weight[0].numel()
+    def _note(self, x: Tensor, weight: Tensor, outputs: int, kernel: str, ours: bool) -> None:
+        flops = 2 * outputs * weight[0].numel()
         name = self.names.get(id(weight), "?")
         self.found.append(ConvReport(name, tuple(x.shape), tuple(weight.shape), flops, kernel, ours))
+
+
+def _stem_reason(model: nn.Module, choice: Choice) -> str:
+    why = model.why_plain_max_pool()
+    if why is None and fused_backend("conv_bn_relu_max_pool", model.conv1.weight.device.type, model.conv1.weight.dtype):
+        return f"{choice.reason}, after maxpool where no gradient is asked for"
+    return f"{choice.reason}; maxpool runs torch's operator" + ("" if why is None else f": {why}")
 
 
 def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
@@ -126,7 +139,7 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
                 "Stem" if is_model else type(module).__name__,
                 fused,
                 choice.kernel if fused else "torch",
-                choice.reason if choice is not None else reason,
+                reason if choice is None else _stem_reason(module, choice) if is_model else choice.reason,
             )
         )
     if input is None:

@@ -70,6 +70,30 @@ def why_plain_relu(name: str, relu: nn.Module) -> str | None:
     return altered(name, relu)
 
 
+def why_plain_max_pool(name: str, pool: nn.Module) -> str | None:
+    """Why the max-pooling behind a convolution cannot be fused into it, or None if it can."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{name} is {type(pool).__name__}, not MaxPool2d"
+    if pool.return_indices or pool.ceil_mode or pool.dilation not in (1, (1, 1)):
+        return f"{name} has return_indices, ceil_mode or dilation"
+    if not all(_is_one_or_two(v) for v in (pool.kernel_size, pool.stride, pool.padding)):
+        return f"{name} has sizes that are neither a number nor a tuple of two"
+    return altered(name, pool)
+
+
+def _is_one_or_two(value: object) -> bool:
+    return type(value) is int or (type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int)
+
+
+def why_plain_avg_pool(name: str, pool: nn.Module) -> str | None:
+    """Why the average pooling in front of a classifier must run as it is, or None if it need not."""
+    if type(pool) is not nn.AdaptiveAvgPool2d:
+        return f"{name} is {type(pool).__name__}, not AdaptiveAvgPool2d"
+    if pool.output_size not in (1, (1, 1), [1, 1]):
+        return f"{name} has the output size {pool.output_size}, not 1"
+    return altered(name, pool)
+
+
 def why_plain_projection(projection: nn.Module | None) -> str | None:
     """Why a shortcut of convolution and BatchNorm must run as it is, with its whole block; None if it need not."""
     if is_conv_bn(projection):
@@ -95,9 +119,10 @@ def choice_for(conv: nn.Conv2d) -> Choice:
 
 
 @constant_when_compiled
-def _fused_backend(device_type: str, dtype: torch.dtype) -> bool:
+def fused_backend(operator: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether ``operator`` runs on something else than plain torch."""
     try:
-        return choose("conv_bn_relu", device_type, dtype).backend != "reference"
+        return choose(operator, device_type, dtype).backend != "reference"
     except RuntimeError:
         return False
 
@@ -108,6 +133,10 @@ def _in_onnx_export() -> bool:
     return tracing and torch.onnx.is_in_onnx_export()
 
 
+def _may_not_fuse(x: Tensor) -> bool:
+    return x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export()
+
+
 def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a fused block may run on this plain tensor; the modules have been judged already.
 
@@ -116,7 +145,7 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
     """
     # Few questions, and cheap ones first: after a convolution none of this code is in the CPU's cache any more, and
     # each costs microseconds.
-    if x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export():
+    if _may_not_fuse(x):
         return False
     weight, dtype = conv._parameters["weight"], x.dtype
     if x.is_cpu and weight.is_cpu:
@@ -131,7 +160,22 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
             return False
     elif dtype != weight.dtype:
         return False
-    return _fused_backend(device, dtype)
+    return fused_backend("conv_bn_relu", device, dtype)
+
+
+def may_max_pool(x: Tensor) -> bool:
+    """Whether the max-pooling behind a fused convolution of ``x`` is worth fusing too; `may_fuse_input` has said yes.
+
+    Not where a gradient is asked for: it would compute the map between the two again.
+    """
+    return not torch.is_grad_enabled() and fused_backend("conv_bn_relu_max_pool", x.device.type, x.dtype)
+
+
+def may_avg_pool(x: Tensor) -> bool:
+    """Whether the average pooling of this plain tensor may be ours; with a gradient it is torch's, to the last bit."""
+    if torch.is_grad_enabled() or _may_not_fuse(x):
+        return False
+    return fused_backend("avg_pool_flatten", x.device.type, x.dtype)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -139,26 +183,26 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
 
     `may_fuse_input` has said yes, so that conv_bn_relu need not ask again for torch.func transforms.
     """
+    args = (x, *_tensors(conv, bn), residual, conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps, relu)
+    return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args, _is_typed(conv, bn))
+
+
+def conv_bn_max_pool(x: Tensor, conv: nn.Conv2d, bn: nn.Module, pool: nn.MaxPool2d) -> Tensor:
+    """pool(relu(bn(conv(x)))) by one fused operator; x [N, C, H, W]. `may_max_pool` has said yes."""
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps)
+    args = (x, *_tensors(conv, bn), *geometry, pool.kernel_size, pool.stride, pool.padding)
+    return dispatch(torch.ops.resnet_fast.conv_bn_relu_max_pool.default, args, _is_typed(conv, bn))
+
+
+def _tensors(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor | None, ...]:
     affine = bn._parameters or bn._buffers  # FrozenBatchNorm2d's weight and bias are buffers
-    statistics = bn._buffers
-    args = (
-        x,
-        conv._parameters["weight"],
-        conv._parameters["bias"],
-        affine["weight"],
-        affine["bias"],
-        statistics["running_mean"],
-        statistics["running_var"],
-        residual,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bn.eps,
-        relu,
-    )
-    typed = type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple and type(bn.eps) is float
-    return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args, typed)
+    own, statistics = conv._parameters, bn._buffers
+    running = (statistics["running_mean"], statistics["running_var"])
+    return (own["weight"], own["bias"], affine["weight"], affine["bias"], *running)
+
+
+def _is_typed(conv: nn.Conv2d, bn: nn.Module) -> bool:
+    return type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple and type(bn.eps) is float
 
 
 def shortcut(x: Tensor, projection: nn.Module | None) -> Tensor:

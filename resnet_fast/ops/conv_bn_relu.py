@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import cpu_level, forced
-from ..choose import choose, choose_conv_on_cpu, choose_for_large, choose_on_cuda, onednn_runs
+from ..choose import ConvKernel, choose, choose_conv_on_cpu, choose_for_large, choose_on_cuda, onednn_runs
 from ..kernels.packing import FoldedConv, Geometry
+from .arguments import as_channels_last, empty_channels_last, pair
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
 
@@ -55,7 +56,7 @@ def _refuse(text: str) -> None:
     raise RuntimeError(f"conv_bn_relu: {text}")
 
 
-def _output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+def conv_output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
     """[N, K, P, Q]; raises RuntimeError where a kernel does not fit into the padded input."""
     size = [input.shape[0], weight.shape[0]]
     for d in (0, 1):
@@ -91,9 +92,9 @@ def check_conv_args(
         _refuse(f"weight must have 4 dimensions [K, C / groups, R, S], got shape {tuple(weight.shape)}")
     if not input.is_floating_point():
         _refuse(f"input must be floating point, got {input.dtype}")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(pair) < least:
-            _refuse(f"{name} must be at least {least}, got {tuple(pair)}")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(values) < least:
+            _refuse(f"{name} must be at least {least}, got {tuple(values)}")
     filters = weight.shape[0]
     if groups < 1 or filters % groups != 0:
         _refuse(f"groups must be positive and divide the {filters} filters, got {groups}")
@@ -105,7 +106,7 @@ def check_conv_args(
     if 0 in weight.shape:
         _refuse(f"weight must not be empty, got shape {tuple(weight.shape)}")
 
-    size = _output_size(input, weight, stride, padding, dilation)
+    size = conv_output_size(input, weight, stride, padding, dilation)
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype != input.dtype:
             _refuse(f"{name} must have input's dtype {input.dtype}, got {t.dtype}")
@@ -131,36 +132,57 @@ def check_conv_args(
     return size
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    """``value`` as two numbers. A sequence of 1 or 2, as torch.nn.functional.conv2d takes."""
-    if isinstance(value, int):
-        return [value, value]
-    if len(value) not in (1, 2):
-        _refuse(f"{name} must be one number or a sequence of 1 or 2, got {list(value)}")
-    return [value[0], value[-1]]
-
-
-def _pairs(stride, padding, dilation) -> list[list[int]]:
-    return [_pair(name, value) for name, value in zip(_PAIRS, (stride, padding, dilation), strict=True)]
-
-
-def _empty_output(input: Tensor, size: list[int]) -> Tensor:
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+def conv_pairs(stride, padding, dilation) -> list[list[int]]:
+    return [pair("conv_bn_relu", name, value) for name, value in zip(_PAIRS, (stride, padding, dilation), strict=True)]
 
 
 def _fake(
     input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
     stride, padding, dilation, groups, eps, relu,
 ) -> Tensor:  # fmt: skip
-    pairs = _pairs(stride, padding, dilation)
+    pairs = conv_pairs(stride, padding, dilation)
     parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
-    return _empty_output(input, check_conv_args(input, *parameters, residual, *pairs, groups))
+    return empty_channels_last(input, check_conv_args(input, *parameters, residual, *pairs, groups))
+
+
+def _vectors_and_key(dtype: torch.dtype, parameters: tuple, geometry: tuple, eps: float, has_residual: bool) -> tuple:
+    """What `packed_weights` keeps a folded convolution under."""
+    _, bias, bn_weight, bn_bias, _, _ = parameters
+    key = (dtype, geometry, eps, bias is None, bn_weight is None, bn_bias is None, not has_residual)
+    return [v for v in parameters[1:] if v is not None], geometry[3], key
+
+
+def find_folded(
+    input: Tensor, parameters: tuple, stride, padding, dilation, groups: int, eps: float, has_residual: bool
+) -> FoldedConv | None:
+    """The convolution, folded by an earlier call with these arguments; None if there was none or something changed.
+
+    ``parameters``: weight, bias, bn_weight, bn_bias, running_mean, running_var.
+    """
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return packed_weights.find(parameters[0], *_vectors_and_key(input.dtype, parameters, geometry, eps, has_residual))
+
+
+def folded_and_packed(
+    input: Tensor, size: list[int], parameters: tuple, pairs: list, groups: int, eps: float, has_residual: bool
+) -> FoldedConv:
+    """The convolution, folded, and packed for input's shape where it is usable; ``size`` [N, K, P, Q]. The arguments
+    have been checked."""
+    geometry = (*(tuple(p) for p in pairs), groups)
+    folded = packed_weights.get(
+        parameters[0],
+        *_vectors_and_key(input.dtype, parameters, geometry, eps, has_residual),
+        lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), has_residual, *parameters, eps),
+    )
+    if folded.usable:
+        folded.pack(input.shape, size, *parameters, eps)
+    return folded
 
 
 _op_cuda = torch.ops.resnet_fast._conv_bn_relu_cuda.default
 
 
-def _kernel(
+def conv_kernel(
     input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
     stride, padding, dilation, groups, eps, relu,
 ) -> Tensor:  # fmt: skip
@@ -168,9 +190,7 @@ def _kernel(
     backend = choose("conv_bn_relu", "cpu" if input.is_cpu else "cuda", input.dtype).backend
     if backend == "cpu":
         # What is packed has passed the checks below, and they take longer than all the rest of this function.
-        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-        key = (input.dtype, geometry, eps, bias is None, bn_weight is None, bn_bias is None, residual is None)
-        folded = packed_weights.find(weight, [v for v in parameters[1:] if v is not None], groups, key)
+        folded = find_folded(input, parameters, stride, padding, dilation, groups, eps, residual is not None)
         if folded is not None and folded.usable:
             out = folded.run(input, residual, relu)
             if out is not None:
@@ -185,10 +205,10 @@ def _kernel(
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
             pass
 
-    pairs = _pairs(stride, padding, dilation)
+    pairs = conv_pairs(stride, padding, dilation)
     size = check_conv_args(input, *parameters, residual, *pairs, groups)
     if 0 in size:
-        return _empty_output(input, size)
+        return empty_channels_last(input, size)
     if backend == "cuda":
         if forced() is None:
             backend = choose_for_large(max(input.numel(), prod(size)))
@@ -197,23 +217,25 @@ def _kernel(
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
-        return conv_bn_relu_triton(input, *parameters, residual, *pairs, groups, eps, relu, _empty_output(input, size))
-    if backend == "cpu":
-        folded = packed_weights.get(
-            weight,
-            [v for v in parameters[1:] if v is not None],
-            groups,
-            key,
-            lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), residual is not None, *parameters, eps),
+        return conv_bn_relu_triton(
+            input, *parameters, residual, *pairs, groups, eps, relu, empty_channels_last(input, size)
         )
+    if backend == "cpu":
+        folded = folded_and_packed(input, size, parameters, pairs, groups, eps, residual is not None)
         if folded.usable:
-            folded.pack(input.shape, size, *parameters, eps)
             out = folded.run(input, residual, relu)
             if out is None:
                 folded.pack_direct(*parameters, eps)
                 out = folded.run(input, residual, relu)
             return out
-    return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
+    return as_channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
+
+
+def cpu_kernel(input, weight, stride, padding, dilation, groups: int, has_residual: bool) -> ConvKernel:
+    """What computes the operator where `choose` says "cpu"."""
+    stride, padding, dilation = conv_pairs(stride, padding, dilation)
+    size = conv_output_size(input, weight, stride, padding, dilation)
+    return choose_conv_on_cpu(input.shape, weight.shape, size, stride, dilation, groups, has_residual, input.dtype)
 
 
 def kernel_for(
@@ -224,41 +246,44 @@ def kernel_for(
     choice = choose("conv_bn_relu", "cpu" if input.is_cpu else "cuda", input.dtype)
     backend = choice.backend
     if backend == "cpu":
-        stride, padding, dilation = _pairs(stride, padding, dilation)
-        size = _output_size(input, weight, stride, padding, dilation)
-        has_residual = residual is not None
-        kernel = choose_conv_on_cpu(
-            input.shape, weight.shape, size, stride, dilation, groups, has_residual, input.dtype
-        )
+        kernel = cpu_kernel(input, weight, stride, padding, dilation, groups, residual is not None)
         return (str(kernel), False) if kernel.name == "onednn" else (f"C++ {cpu_level()}, {kernel}", True)
     if backend == "cuda" and forced() is None:
         backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
     return {"reference": "torch", "cuda": "cuDNN", "triton": "Triton"}[backend], backend == "triton"
 
 
-def _channels_last(t: Tensor) -> Tensor:
-    """``t`` (not an input of the operator) with exactly the strides that the fake promises."""
-    _, c, h, w = t.shape
-    strides = (c * h * w, 1, w * c, c)
-    if t.stride() == strides:
-        return t
-    t = t.contiguous(memory_format=torch.channels_last)
-    return t if t.stride() == strides else t.as_strided(t.shape, strides)
-
-
 def _setup_context(ctx, inputs, output: Tensor) -> None:
     (input, weight, bias, bn_weight, bn_bias, running_mean, running_var, _,
      stride, padding, dilation, ctx.groups, ctx.eps, ctx.relu) = inputs  # fmt: skip
-    ctx.pairs = _pairs(stride, padding, dilation)
+    ctx.pairs = conv_pairs(stride, padding, dilation)
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, bn_bias)]
     ctx.save_for_backward(input, weight, bias, bn_weight, running_mean, running_var, output if ctx.relu else None)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias, bn_weight, bn_bias and residual; differentiable again.
+    *saved, output = ctx.saved_tensors
+    if output is not None:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)  # passes where the output is positive or NaN
+    grads = conv_gradients(grad, saved, ctx.needs_input_grad, ctx.pairs, ctx.groups, ctx.eps, ctx.dtypes)
+    return (*grads, None, None, grad if ctx.needs_input_grad[7] else None, *[None] * 6)
 
-    With g the gradient behind the ReLU, scale = bn_weight / sqrt(running_var + eps) and dW the gradient of the weight
-    for the *unscaled* g:
+
+def conv_gradients(
+    grad: Tensor,
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    pairs: list,
+    groups: int,
+    eps: float,
+    dtypes: list,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, bn_weight and bn_bias behind ``grad``, that of the map before the ReLU;
+    differentiable again.
+
+    saved: input, weight, bias, bn_weight, running_mean, running_var; needs: which gradients are asked for; dtypes: of
+    bias and bn_bias. With g = grad, scale = bn_weight / sqrt(running_var + eps) and dW the gradient of the weight for
+    the *unscaled* g:
 
         input:     conv_transpose(g, weight * scale)
         weight:    dW * scale
@@ -267,25 +292,22 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     so that the convolution need not be computed again: sum(g * conv(input)) is linear in the weight.
     """
-    input, weight, bias, bn_weight, running_mean, running_var, output = ctx.saved_tensors
-    need_input, need_weight, need_bias, need_gamma, need_beta, _, _, need_residual = ctx.needs_input_grad[:8]
-    if output is not None:
-        grad = torch.ops.aten.threshold_backward(grad, output, 0)  # passes where the output is positive or NaN
-    grad_residual = grad if need_residual else None
+    input, weight, bias, bn_weight, running_mean, running_var = saved
+    need_input, need_weight, need_bias, need_gamma, need_beta = needs[:5]
 
     # Sums over the map in at least float32; on a CPU without 16-bit convolutions everything.
     wide = torch.promote_types(torch.float32, input.dtype)
     dtype = input.dtype
     if input.device.type == "cpu" and not onednn_runs(dtype):
         dtype = wide
-    invstd = torch.rsqrt(running_var.to(wide) + ctx.eps)  # [K]
+    invstd = torch.rsqrt(running_var.to(wide) + eps)  # [K]
     scale = invstd if bn_weight is None else invstd * bn_weight.to(wide)  # [K]
 
     grad_input = grad_weight = grad_bias = grad_gamma = grad_beta = None
     if need_input or need_weight or need_gamma:
         g, x, w = grad.to(dtype), input.to(dtype), (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(dtype)
         grad_input, dw, _ = torch.ops.aten.convolution_backward(
-            g, x, w, None, *ctx.pairs, False, [0, 0], ctx.groups, [need_input, need_weight or need_gamma, False]
+            g, x, w, None, *pairs, False, [0, 0], groups, [need_input, need_weight or need_gamma, False]
         )
         grad_input = grad_input.to(input.dtype) if need_input else None
     if need_weight:
@@ -293,18 +315,18 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_bias or need_gamma or need_beta:
         total = grad.sum((0, 2, 3), dtype=wide)  # [K]
     if need_bias:
-        grad_bias = (total * scale).to(ctx.dtypes[0])
+        grad_bias = (total * scale).to(dtypes[0])
     if need_beta:
-        grad_beta = total.to(ctx.dtypes[1])
+        grad_beta = total.to(dtypes[1])
     if need_gamma:
         mean = running_mean.to(wide) if bias is None else running_mean.to(wide) - bias.to(wide)
         grad_gamma = ((dw.to(wide) * weight.to(wide)).sum((1, 2, 3)) - mean * total) * invstd
         grad_gamma = grad_gamma.to(bn_weight.dtype)
-    return (grad_input, grad_weight, grad_bias, grad_gamma, grad_beta, None, None, grad_residual, *[None] * 6)
+    return grad_input, grad_weight, grad_bias, grad_gamma, grad_beta
 
 
-def _autocast(device_type: str, input, weight, bias, *rest) -> tuple:
-    bn, residual, geometry = rest[:4], rest[4], rest[5:]
+def cast_conv(device_type: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+    """The arguments of a convolution as they are under autocast."""
     dtype = torch.get_autocast_dtype(device_type)
     plain = type(weight) in (Tensor, torch.nn.Parameter)
     differentiable = torch.is_grad_enabled() and weight.requires_grad
@@ -312,13 +334,18 @@ def _autocast(device_type: str, input, weight, bias, *rest) -> tuple:
         weight = cached_cast(weight, dtype) if weight.dtype != dtype else weight
     else:
         weight = autocast_tensor(weight, device_type)
-    input, bias, residual = (autocast_tensor(t, device_type) for t in (input, bias, residual))
-    return (input, weight, bias, *bn, residual, *geometry)
+    return autocast_tensor(input, device_type), weight, autocast_tensor(bias, device_type)
+
+
+def _autocast(device_type: str, input, weight, bias, *rest) -> tuple:
+    bn, residual, geometry = rest[:4], rest[4], rest[5:]
+    cast = cast_conv(device_type, input, weight, bias)
+    return (*cast, *bn, autocast_tensor(residual, device_type), *geometry)
 
 
 register(
     "conv_bn_relu",
-    kernel=_kernel,
+    kernel=conv_kernel,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -32,9 +32,27 @@ static inline void mean_of_columns(const T* map, int64_t pixels, int64_t channel
   });
 }
 
-// One channel of a contiguous map.
+// Lanes [0, width - n) are zero.
+static inline vec last_lanes(vec v, int64_t n) {
+  bits32 lane{};
+  for (int i = 0; i < width; ++i) lane[i] = i;
+  return lane >= uint32_t(width - n) ? v : vec{};
+}
+
+static inline float sum_of_lanes(vec v) {
+  typedef float four __attribute__((vector_size(16)));
+  four sums[width / 4];
+  __builtin_memcpy(sums, &v, sizeof(v));
+#pragma GCC unroll 2
+  for (int half = width / 8; half > 0; half /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
+}
+
+// Over one channel of a contiguous map.
 template <typename T>
-static inline float mean_of_plane(const T* plane, int64_t pixels) {
+static inline float sum_of_plane(const T* plane, int64_t pixels) {
   vec total{};
   for (int64_t start = 0; start < pixels; start += run * width) {
     const int64_t left = pixels - start, n = left < run * width ? left : run * width;
@@ -42,12 +60,11 @@ static inline float mean_of_plane(const T* plane, int64_t pixels) {
     vec sum{};
     int64_t p = 0;
     for (; p + width <= n; p += width) sum += load(x + p);
-    if (p < n) sum += load_part(x + p, n - p);
+    // Of the last vector's lanes, those that were not summed yet.
+    if (p < n) sum += pixels < width ? load_part(x, n) : last_lanes(load(x + n - width), n - p);
     total += sum;
   }
-  float mean = 0.0f;
-  for (int i = 0; i < width; ++i) mean += total[i];
-  return mean / float(pixels);
+  return sum_of_lanes(total);
 }
 
 template <typename T>
@@ -60,10 +77,10 @@ static void average(const T* map, bool channels_last, int64_t pixels, int64_t ch
     return;
   }
   for (; c < end; c += width) {
-    float means[width] = {};
+    float sums[width] = {};
     const int64_t n = end - c < width ? end - c : width;
-    for (int64_t i = 0; i < n; ++i) means[i] = mean_of_plane(map + (c + i) * pixels, pixels);
-    store_part(out + c, load(means), n);
+    for (int64_t i = 0; i < n; ++i) sums[i] = sum_of_plane(map + (c + i) * pixels, pixels);
+    store_part(out + c, load(sums) / float(pixels), n);
   }
 }
 
