@@ -36,7 +36,15 @@ def main() -> None:
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for c, k, h, w in ((1, 1, 1, 1), (3, 5, 7, 6), (7, 9, 5, 5), (8, 8, 8, 8), (17, 15, 9, 4), (33, 66, 3, 11)):
+        for c, k, h, w in (
+            (1, 1, 1, 1),
+            (3, 5, 7, 6),
+            (7, 9, 5, 5),
+            (8, 8, 8, 8),
+            (17, 15, 9, 4),
+            (33, 66, 3, 11),
+            (34, 66, 7, 5),
+        ):
             x, residual = channels_last(torch.randn(2, c, h, w).to(dtype)), torch.randn(2, k, h, w).to(dtype)
             weight, bias = at_the_end(torch.randn(k, c, 3, 3)), at_the_end(torch.randn(k))
             point, residual = at_the_end(torch.randn(k, c, 1, 1)), channels_last(residual)
@@ -47,6 +55,14 @@ def main() -> None:
             for tile in (2, 4, 5):
                 packed = at_the_end(ops._pack_winograd(weight, tile))
                 ops._conv_winograd(x, packed, bias, residual, [1, 1], True)
+            if dtype == torch.bfloat16 and ops._multiplies_bf16():
+                packed = at_the_end(ops._pack_winograd(weight, 2, True))
+                ops._conv_winograd(x, packed, bias, residual, [1, 1], True)
+                if c % 2 == 0:
+                    packed = at_the_end(ops._pack_gemm(weight, 1, True))
+                    ops._conv_gemm(x, packed, bias, residual, *geometry, 1, True)
+                    packed = at_the_end(ops._pack_gemm(point, 1, True))
+                    ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
             if c <= 4:
                 ops._conv_few_channels(x, at_the_end(ops._pack_few_channels(weight)), bias, *geometry, True)
     canary = at_the_end(torch.zeros(4))

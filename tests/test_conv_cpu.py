@@ -19,7 +19,7 @@ from checks import (
 )
 from winograd import LARGEST_ERROR, winograd
 
-from resnet_fast.backends import CPU_LEVELS
+from resnet_fast.backends import CPU_LEVELS, cpu_level
 from resnet_fast.bench import layers
 
 ops = torch.ops.resnet_fast
@@ -163,6 +163,81 @@ def test_kernels_winograd_exact(case):
     x, weight, bias = tensors(**sizes, integers=True)
     out, _ = fast(x, weight, bias, 2, **geometry)
     assert torch.equal(out.double(), reference(*double(x, weight, bias), **geometry))
+
+
+multiplies_bf16 = pytest.mark.skipif(not ops._multiplies_bf16(), reason="this level does not multiply bfloat16")
+EVEN = [name for name in GEMM if tensors(**split(GEMM[name])[0])[1].shape[1] % 2 == 0]
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", EVEN)
+def test_kernels_gemm_of_bfloat16(case, integers):
+    sizes, geometry = split(GEMM[case])
+    x, weight, bias = tensors(**sizes, integers=integers)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    packed = ops._pack_gemm(weight.float(), geometry.get("groups", 1), True)
+    geometry = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1) | geometry
+    for relu in (True, False):
+        size = reference(x.float(), weight.float(), bias, **geometry).shape
+        for residual in (None, torch.randint(-9, 9, size).bfloat16()):
+            out = ops._conv_gemm(x, packed, bias, residual, *geometry.values(), relu)
+            exact = reference(*double(x, weight, bias, residual), **geometry, relu=relu)
+            if integers:
+                assert torch.equal(out, exact.bfloat16())
+            else:
+                stock = reference(*to(torch.bfloat16, x, weight, bias, residual), **geometry, relu=relu)
+                assert_accurate(out, exact, [stock])
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", WINOGRAD)
+def test_kernels_winograd_of_bfloat16(case, integers):
+    sizes, geometry = split(WINOGRAD[case])
+    x, weight, bias = tensors(**sizes, integers=integers)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    padding = geometry.get("padding", (1, 1))
+    packed = ops._pack_winograd(weight.float(), 2, True)
+    residual = torch.randint(-9, 9, reference(x.float(), weight.float(), bias, **geometry).shape).bfloat16()
+    for r in (None, residual):
+        out, finite = ops._conv_winograd(x, packed, bias, r, padding, False)
+        exact = reference(*double(x, weight, bias, r), **geometry, relu=False)
+        assert finite and out.shape == exact.shape
+        if integers:  # transformed values are quarters below 64, which bfloat16 holds
+            assert torch.equal(out, exact.bfloat16())
+        elif exact.numel() > 100:  # of a few values the error is a matter of luck
+            assert_accurate(out, exact, [reference(*to(torch.bfloat16, x, weight, bias, r), **geometry, relu=False)])
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_kernels_of_bfloat16_and_special_values(value):
+    x, weight, bias = tensors(c=10, k=17, h=11, w=11)
+    x, weight = x.bfloat16(), weight.bfloat16().float()
+    for at in ((0, 0, 0, 0), (1, 8, 10, 10), (0, 3, 5, 6)):
+        y = x.clone()
+        y[at] = value
+        assert not ops._conv_winograd(y, ops._pack_winograd(weight, 2, True), bias, None, [1, 1], True)[1]
+        geometry = ([1, 1], [1, 1], [1, 1], 1, True)
+        out = ops._conv_gemm(y, ops._pack_gemm(weight, 1, True), bias, None, *geometry)
+        assert_same_special_values(out, reference(y.float(), weight, bias))
+
+
+@multiplies_bf16
+def test_kernels_of_bfloat16_refuse_what_they_cannot():
+    x, weight, bias = tensors(c=8, k=16)
+    geometry = (bias, None, [1, 1], [1, 1], [1, 1], 1, True)
+    with pytest.raises(RuntimeError, match="for a bfloat16 input"):
+        ops._conv_gemm(x, ops._pack_gemm(weight, 1, True), *geometry)
+    with pytest.raises(RuntimeError, match="must have an even number of channels, got 7"):
+        ops._pack_gemm(weight[:, :7], 1, True)
+    with pytest.raises(RuntimeError, match="2 pixels wide, got 4"):
+        ops._pack_winograd(weight, 4, True)
+
+
+def test_kernels_of_bfloat16_are_those_of_one_level():
+    assert ops._multiplies_bf16() == (cpu_level() == "avx512_bf16")
 
 
 LAYERS = [la for la in layers.distinct(layers.MODELS) if la.kernel == 3 and la.stride == la.groups == 1]

@@ -79,6 +79,9 @@ int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
   return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
 }
 
+template <typename In>
+constexpr int64_t depth_chunk = gemm_steps * per_step<In>;
+
 // What the loops below agree on: output pixels [begin, begin + pixels) of one group.
 template <typename In>
 struct Block {

@@ -189,11 +189,12 @@ static bool output_panel(const Conv& conv, const In* transformed, int64_t stride
   const ConvShape& s = conv.shape;
   const int64_t count = end - begin, vectors = vectors_of_panel(s.k, filter), columns = vectors * width;
   const int64_t tiles = tiles_of(count), products_stride = output_stride(count);
+  constexpr int64_t chunk = winograd_steps * per_step<In>;
   const int64_t channels = (s.c + per_step<In> - 1) / per_step<In> * per_step<In>;
   const In* panel = static_cast<const In*>(conv.weight) + filter * size * size * channels;
   for (int xi = 0; xi < size * size; ++xi) {
-    for (int64_t k = 0; k < channels; k += depth_chunk<In>) {
-      const int64_t depth = k + depth_chunk<In> < channels ? depth_chunk<In> : channels - k;
+    for (int64_t k = 0; k < channels; k += chunk) {
+      const int64_t depth = k + chunk < channels ? chunk : channels - k;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = count * t / tiles, rows = count * (t + 1) / tiles - first;
         const In* row[tile_rows];

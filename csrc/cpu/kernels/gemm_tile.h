@@ -14,14 +14,13 @@ constexpr int64_t prefetch_steps = 128;
 
 // Depth that is summed at a time, before the next tile has its turn: so much of a panel stays in the L1 cache (16 KiB
 // with AVX2) or, with AVX-512, in a quarter of a small L2 cache (128 KiB), from where it comes as fast: 512 steps were
-// 1.02-1.03 times as fast as 256 there. Sums of sums lose less accuracy than one long sum.
+// 1.02-1.03 times as fast as 256 there. Sums of sums lose less accuracy than one long sum, which Winograd's
+// algorithm needs: it keeps to 256.
 #if defined(__AVX512F__)
-constexpr int64_t chunk_steps = 512;
+constexpr int64_t gemm_steps = 512, winograd_steps = 256;
 #else
-constexpr int64_t chunk_steps = 256;
+constexpr int64_t gemm_steps = 256, winograd_steps = 256;
 #endif
-template <typename In>
-constexpr int64_t depth_chunk = chunk_steps * (sizeof(float) / sizeof(In));
 
 // Rows are split into that many tiles as evenly as can be, since tiles of few rows wait for the sums' latency.
 static inline int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
@@ -53,7 +52,7 @@ static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
   each<rows, vectors>([&](int i, int j) { store(values + (i * vectors + j) * width, sum[i][j]); });
   for (int i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < o.columns; j += width) {
-      const int64_t left = o.columns - j, at = i * o.out_stride + j;
+      const int64_t left = o.columns - j < width ? o.columns - j : width, at = i * o.out_stride + j;
       vec v = load(values + i * vectors * width + j);
       if (residual) v += load_part(residual + at, left);
       store_part(out + at, o.relu ? relu(v) : v, left);
