@@ -207,11 +207,12 @@ def _kernel(
             lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), residual is not None, *parameters, eps),
         )
         if folded.usable:
-            folded.pack(input.shape, size, *parameters, eps)
-            out = folded.run(input, residual, relu)
+            packed = folded.pack(input.shape, size, *parameters, eps)
+            out = folded.run(input, residual, relu, packed)
             if out is None:
                 folded.pack_direct(*parameters, eps)
-                out = folded.run(input, residual, relu)
+                out = folded.run(input, residual, relu, packed)
+            packed_weights.bound(weight)
             return out
     return _channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
 
