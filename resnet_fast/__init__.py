@@ -6,7 +6,17 @@
 from . import ops
 from .backends import Backend, backends, use_backend
 from .nn.explain import explain
-from .ops.weight_cache import clear_cache
+from .ops.weight_cache import CacheInfo, cache_info, clear_cache
 
 __version__ = "0.1.0"
-__all__ = ["Backend", "__version__", "backends", "clear_cache", "explain", "ops", "use_backend"]
+__all__ = [
+    "Backend",
+    "CacheInfo",
+    "__version__",
+    "backends",
+    "cache_info",
+    "clear_cache",
+    "explain",
+    "ops",
+    "use_backend",
+]

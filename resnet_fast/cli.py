@@ -26,6 +26,7 @@ from .bench.peers import OURS, PEERS, Peer, peers
 from .bench.results import per_second, table, write_json
 from .measure import environment, interleaved, random_model
 from .nn.explain import explain
+from .ops.weight_cache import cache_info
 
 RANDOM = "from random weights: means nothing"
 
@@ -92,13 +93,15 @@ def _info(args: argparse.Namespace) -> int:
     facts = environment()
     found = backends()
     if args.json:
-        print(json.dumps(facts | {"backends": {n: asdict(b) for n, b in found.items()}}, indent=2))
+        known = {"backends": {n: asdict(b) for n, b in found.items()}, "cache": cache_info()._asdict()}
+        print(json.dumps(facts | known, indent=2))
         return 0
     missing = {"torchvision": "not installed", "triton": "not installed", "cuda": "this torch has none"}
     for key in ("resnet_fast", "torch", "torchvision", "triton", "python", "cuda"):
         print(f"{key:<13}{facts[key] or missing[key]}")
     print(f"{'cpu':<13}{facts['cpu']}, {facts['threads']} threads, C++ kernels: {facts['isa_level']}")
     print(f"{'cuda devices':<13}{', '.join(facts['cuda_devices']) or 'none'}")
+    print(f"{'cache':<13}{cache_info()}")
     print("backends")
     for backend in found.values():
         where = f"on {', '.join(backend.devices)}" if backend.available else "missing"

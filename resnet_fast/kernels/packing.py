@@ -103,21 +103,27 @@ class FoldedConv:
         dtype = _compute_dtype(weight, dtype)
         return cls(bias, dtype, geometry, has_residual, usable)
 
-    def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> None:
-        """Packs the weight for inputs of this shape, if it is not yet; ``parameters`` as `fold` takes them."""
-        if input_shape in self.packed:
-            return
+    def tensors(self) -> list[Tensor]:
+        """Everything kept; what several input shapes share is listed for each."""
+        direct = [] if self.direct is None else [self.direct]
+        return [self.bias, *direct, *(p.weight for p in list(self.packed.values()))]
+
+    def pack(self, input_shape: torch.Size, output_size: list[int], *parameters) -> Packed:
+        """The weight for inputs of this shape, packed now if it is not yet; ``parameters`` as `fold` takes them."""
+        packed = self.packed.get(input_shape)
+        if packed is not None:
+            return packed
         stride, _, dilation, groups = self.geometry
         weight_size = parameters[0].shape
         kernel = choose_conv_on_cpu(
             input_shape, weight_size, output_size, stride, dilation, groups, self.has_residual, self.dtype
         )
         bias = self.bias.to(self.dtype) if kernel.name == "onednn" else self.bias
-        self.packed[input_shape] = Packed(
-            kernel, self._weight(kernel, input_shape, parameters), bias, torch.Size(output_size)
-        )
+        weight = self._weight(kernel, input_shape, parameters)
+        packed = self.packed[input_shape] = Packed(kernel, weight, bias, torch.Size(output_size))
         if len(self.packed) > _SHAPES_PER_WEIGHT:
-            self.packed.pop(next(iter(self.packed)), None)
+            self.packed.popitem(last=False)
+        return packed
 
     def pack_direct(self, *parameters) -> None:
         """Packs the weight for `_conv_gemm`, whatever `pack` has chosen."""
@@ -154,14 +160,16 @@ class FoldedConv:
         pool = (kernel_size, stride, padding)
         return _few_channels_max_pool(input, packed.weight, packed.bias, *self.geometry[:3], *pool)
 
-    def run(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+    def run(self, input: Tensor, residual: Tensor | None, relu: bool, packed: Packed | None = None) -> Tensor | None:
         """The convolution, or None if something must be packed first or the residual does not fit.
 
-        input [N, C, H, W], residual [N, K, P, Q].
+        input [N, C, H, W], residual [N, K, P, Q]. ``packed`` is what `pack` has returned: other threads may have
+        pushed it out of this object since.
         """
-        packed = self.packed.get(input.shape)
         if packed is None:
-            return None
+            packed = self.packed.get(input.shape)
+            if packed is None:
+                return None
         kernel, weight, bias, size = packed
         if residual is not None and not (residual.shape == size and residual.dtype == input.dtype and residual.is_cpu):
             return None

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..choose import Choice
 from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
 from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
+from ..ops.weight_cache import CacheInfo, cache_info
 from .fused import choice_for, fused_backend
 
 
@@ -48,10 +49,12 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table. ``convolutions`` are those that the input met, if one was given."""
+    """What `explain` found; prints as a table. ``convolutions`` are those that the input met, if one was given, and
+    ``cache`` is what the process keeps after it."""
 
     blocks: tuple[BlockReport, ...]
     convolutions: tuple[ConvReport, ...] = ()
+    cache: CacheInfo | None = None
 
     @property
     def own_share(self) -> float:
@@ -72,12 +75,16 @@ class Explanation:
             ]
             lines += ["", *_table(("convolution", "input", "weight", "GFLOP", "kernel"), rows)]
             lines.append(f"{100 * self.own_share:.1f} % of the convolutions' operations in kernels of resnet_fast")
+        if self.cache is not None:
+            lines.append(str(self.cache))
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
         found = {"blocks": [asdict(b) for b in self.blocks]}
         if self.convolutions:
             found |= {"convolutions": [asdict(c) for c in self.convolutions], "own_share": self.own_share}
+        if self.cache is not None:
+            found["cache"] = self.cache._asdict()
         return found
 
 
@@ -122,7 +129,7 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
     Args:
         model: any module; only blocks of this package are looked at.
         input: what the model takes, [N, C, H, W]. If given, the model runs on it once, without gradients, and the
-            answer has ``convolutions``: which kernel each was computed by.
+            answer has ``convolutions``: which kernel each was computed by, and ``cache``.
     """
     blocks = []
     for name, module in model.named_modules():
@@ -146,4 +153,4 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
         return Explanation(tuple(blocks))
     with torch.no_grad(), _Convolutions(model) as convolutions:
         model(input)
-    return Explanation(tuple(blocks), tuple(convolutions.found))
+    return Explanation(tuple(blocks), tuple(convolutions.found), cache_info())

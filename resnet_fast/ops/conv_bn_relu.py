@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import cpu_level, forced
 from ..choose import ConvKernel, choose, choose_conv_on_cpu, choose_for_large, choose_on_cuda, onednn_runs
-from ..kernels.packing import FoldedConv, Geometry
+from ..kernels.packing import FoldedConv, Geometry, Packed
 from .arguments import as_channels_last, empty_channels_last, pair
 from .registration import autocast_tensor, dispatch, register, under_transform
 from .weight_cache import cached_cast, packed_weights
@@ -165,7 +165,7 @@ def find_folded(
 
 def folded_and_packed(
     input: Tensor, size: list[int], parameters: tuple, pairs: list, groups: int, eps: float, has_residual: bool
-) -> FoldedConv:
+) -> tuple[FoldedConv, Packed | None]:
     """The convolution, folded, and packed for input's shape where it is usable; ``size`` [N, K, P, Q]. The arguments
     have been checked."""
     geometry = (*(tuple(p) for p in pairs), groups)
@@ -174,9 +174,11 @@ def folded_and_packed(
         *_vectors_and_key(input.dtype, parameters, geometry, eps, has_residual),
         lambda: FoldedConv.make(input.dtype, Geometry(*pairs, groups), has_residual, *parameters, eps),
     )
-    if folded.usable:
-        folded.pack(input.shape, size, *parameters, eps)
-    return folded
+    if not folded.usable:
+        return folded, None
+    packed = folded.pack(input.shape, size, *parameters, eps)
+    packed_weights.bound(parameters[0])
+    return folded, packed
 
 
 _op_cuda = torch.ops.resnet_fast._conv_bn_relu_cuda.default
@@ -221,12 +223,13 @@ def conv_kernel(
             input, *parameters, residual, *pairs, groups, eps, relu, empty_channels_last(input, size)
         )
     if backend == "cpu":
-        folded = folded_and_packed(input, size, parameters, pairs, groups, eps, residual is not None)
-        if folded.usable:
-            out = folded.run(input, residual, relu)
+        folded, packed = folded_and_packed(input, size, parameters, pairs, groups, eps, residual is not None)
+        if packed is not None:
+            out = folded.run(input, residual, relu, packed)
             if out is None:
                 folded.pack_direct(*parameters, eps)
-                out = folded.run(input, residual, relu)
+                packed_weights.bound(weight)
+                out = folded.run(input, residual, relu, packed)
             return out
     return as_channels_last(conv_bn_relu_ref(input, *parameters, residual, *pairs, groups, eps, relu))
 

@@ -89,14 +89,13 @@ def _kernel(
         pairs = conv_pairs(stride, padding, dilation)
         size = check_conv_args(input, *parameters, None, *pairs, groups)
         if on_cpu and 0 not in size:
-            folded = folded_and_packed(input, size, parameters, pairs, groups, eps, has_residual=False)
-            packed = folded.packed.get(input.shape)
+            folded, packed = folded_and_packed(input, size, parameters, pairs, groups, eps, has_residual=False)
     else:
         size = packed.output_size
     _pooled_size(size, pool)
     if packed is not None and packed.kernel.name == "few channels":
         return folded.run_max_pool(packed, input, *pool)
-    out = None if packed is None else folded.run(input, None, relu=True)
+    out = None if packed is None else folded.run(input, None, True, packed)
     if out is None:
         out = conv_kernel(input, *parameters, None, stride, padding, dilation, groups, eps, True)
     return max_pool_kernel(out, *pool, (1, 1), False)

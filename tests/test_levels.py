@@ -1,0 +1,71 @@
+"""Objects of the instruction-set levels are separate: what one level was compiled to can never be linked into another."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("setup_of_resnet_fast", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def symbols(file: Path) -> dict[str, str]:
+    """Mangled name: nm's letter for its kind, of everything that the linker sees."""
+    lines = subprocess.run(["nm", "--extern-only", file], capture_output=True, text=True, check=True).stdout
+    return {name: kind for kind, name in re.findall(r"^[0-9a-f ]* (\w) (\S+)$", lines, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def objects(build, tmp_path_factory):
+    """Object files by level, compiled with the flags of the build but without optimization: then no function of a
+    header vanishes by being inlined everywhere, and it takes seconds."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    folder = tmp_path_factory.mktemp("levels")
+    found, commands = {}, []
+    for level, flags in build.LEVELS.items():
+        found[level] = [folder / f"{level}_{source.stem}.o" for source in KERNELS]
+        for source, target in zip(KERNELS, found[level], strict=True):
+            options = [*build.KERNEL_FLAGS, "-O0", *flags, f"-DRESNET_FAST_LEVEL={level}"]
+            commands.append([os.environ.get("CXX", "g++"), *options, "-c", source, "-o", target])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(subprocess.check_call, commands))
+    return found
+
+
+def test_no_symbol_is_shared_between_levels(objects):
+    """Where two objects define a weak symbol of one name, the linker takes either: none may lie outside its level."""
+    assert len(objects) > 0 and len(KERNELS) > 4
+    for level, files in objects.items():
+        own = re.compile(f"_ZN?K?11resnet_fast{len(level)}{level}\\d")
+        for file in files:
+            for name, kind in symbols(file).items():
+                if kind == "U" and not name.startswith("_Z"):
+                    continue  # a call of C, as of memcpy
+                assert own.match(name), f"not of {level}'s namespace: {file.name}: {name} ({kind})"
+
+
+def test_every_level_has_every_kernel(objects):
+    listed = (ROOT / "csrc/cpu/levels.h").read_text()
+    listed = listed[listed.index("#define RESNET_FAST_LEVEL_LIST") : listed.index("#define RESNET_FAST_POINTER")]
+    names = re.findall(r"\bK\([\w ]+, (\w+),", listed) + re.findall(r"\bC\((\w+)\)", listed)
+    assert len(names) > 15 and "conv_gemm" in names and "vector_width" in names
+    for level, files in objects.items():
+        prefix = f"_ZN11resnet_fast{len(level)}{level}"
+        defined = [name for file in files for name, kind in symbols(file).items() if kind in "TRDB"]
+        for name in names:
+            assert sum(bool(re.match(f"{prefix}{len(name)}{name}E", d)) for d in defined) == 1, f"{level}: {name}"
