@@ -11,8 +11,10 @@ using torch::stable::Tensor;
 
 struct InputRing {};
 
-// Input rows and weights that a thread works on at a time.
-const int64_t block_bytes = (getenv("GB") ? atoi(getenv("GB")) : 64) << 10;
+// Input rows and weights that a thread works on at a time: a part of its L2 cache. 3x3 layers of ResNeXt at batch 8 on
+// 2 Zen 5 cores, GFLOP/s with 32, 128 and 256 KiB: 164, 216 and 211 for 32 groups of 4 at 56x56; 340, 380 and 374 for
+// 16 with stride 2; 420, 458 and 449 for 16 at 28x28.
+constexpr int64_t block_bytes = 128 << 10;
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Convolution in many groups (ResNeXt, depthwise), computed in float32. Compiled once per level (levels.h).
+// Convolution in many groups (ResNeXt), computed in float32. Compiled once per level (levels.h).
 //
 // A group has too few filters for a panel of conv_gemm.cpp, so a vector holds the filters of several groups: for each
 // kernel position and each channel k of a group it needs the input's channel k of each lane's own group, which is a
@@ -15,9 +15,9 @@
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
 #if defined(__AVX512F__)
-constexpr int tile_vectors = 2;  // 8 pixels x 2 sums + 2 x 5 weights + 2 inputs of 32 registers
+constexpr int tile_vectors = 2;  // 8 pixels x 2 sums + 2 x 3 weights + 1 input of 32 registers
 #else
-constexpr int tile_vectors = 1;  // 8 + 5 + 1 of 16
+constexpr int tile_vectors = 1;  // 8 + 3 + 1 of 16
 #endif
 
 typedef int32_t lanes32 __attribute__((vector_size(width * sizeof(int32_t))));
@@ -57,8 +57,7 @@ static Tiling tiling_of(const ConvShape& s) {
   int64_t pixels = 8;
   if (computed(7) < computed(pixels)) pixels = 7;
   if (computed(4) < computed(pixels)) pixels = 4;
-  return {pixels, (computed(pixels) - 1) * s.stride[1] + (s.s - 1) * s.dilation[1] + 1,
-          (s.r - 1) * s.dilation[0] + 1};
+  return {pixels, (computed(pixels) - 1) * s.stride[1] + (s.s - 1) * s.dilation[1] + 1, (s.r - 1) * s.dilation[0] + 1};
 }
 
 // Where one row of the kernel, or one position of it, meets the input.
@@ -71,7 +70,8 @@ struct Tile {
   const Taps* taps;
   int64_t num_taps;
   int64_t input;                    // offset into every row
-  int64_t chunk_step;               // from one input vector of a pixel to the next
+  int64_t chunk_step;               // from one input vector of a group to the next
+  int64_t unit_step;                // from one unit to the next
   int64_t pixel_step;               // to the next input pixel
   int64_t depth;                    // channels of a group
   const float* weight;              // [kernel rows][depth][kernel columns][width]
@@ -82,7 +82,6 @@ struct Tile {
 };
 
 enum class Form {
-  same,      // depthwise
   permuted,  // several groups in a vector
   own,       // a vector or less for each group
   shared     // several vectors of filters for a group
@@ -92,38 +91,35 @@ enum class Form {
 template <Form form, int columns, int stride, int pixels, int vectors>
 static void sum_tile(const Tile& t, float* sums) {
   constexpr int positions = (pixels - 1) * stride + columns;
-  constexpr bool broadcasts = form == Form::own || form == Form::shared;
+  constexpr int together = form == Form::shared ? vectors : 1;  // vectors with the same input
   const int64_t pixel_step = columns == 1 ? t.pixel_step : width;
   vec sum[pixels][vectors];
-  each<pixels, vectors>([&](int i, int j) { sum[i][j] = load(t.bias + j * t.bias_step); });
+  each<pixels, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
   for (const Taps* taps = t.taps; taps < t.taps + t.num_taps; ++taps) {
     const float* x = taps->input + t.input;
     const float* w = t.weight + taps->weight;
     for (int64_t k = 0; k < t.depth; ++k, w += t.depth_step) {
-      if (broadcasts && k > 0) x += k % width == 0 ? t.chunk_step - (width - 1) : 1;
+      if (form != Form::permuted && k > 0) x += k % width == 0 ? t.chunk_step - (width - 1) : 1;
       vec b[vectors][columns];
       each<vectors, columns>([&](int j, int s) { b[j][s] = load(w + j * t.weight_step + s * width); });
+#pragma GCC unroll 2
+      for (int first = 0; first < vectors; first += together) {
 #pragma GCC unroll 20
-      for (int at = 0; at < positions; ++at) {
-        vec a[vectors];
+        for (int at = 0; at < positions; ++at) {
+          const float* from = x + at * pixel_step + first * t.unit_step;
+          const vec a = form == Form::permuted ? permute(load(from), t.index + k * width) : broadcast(*from);
+#pragma GCC unroll 3
+          for (int s = 0; s < columns; ++s) {
+            if (at < s || (at - s) % stride != 0 || (at - s) / stride >= pixels) continue;
 #pragma GCC unroll 2
-        for (int j = 0; j < vectors; ++j) {
-          const float* from = x + at * pixel_step + j * t.chunk_step;
-          if (form == Form::same) a[j] = load(from);
-          if (form == Form::permuted) a[j] = permute(load(from), t.index + k * width);
-          if (form == Form::own) a[j] = broadcast(*from);
-          if (form == Form::shared) a[j] = j == 0 ? broadcast(x[at * pixel_step]) : a[0];
-        }
-#pragma GCC unroll 5
-        for (int s = 0; s < columns; ++s) {
-          if (at < s || (at - s) % stride != 0 || (at - s) / stride >= pixels) continue;
-#pragma GCC unroll 2
-          for (int j = 0; j < vectors; ++j) sum[(at - s) / stride][j] += a[j] * b[j][s];
+            for (int j = first; j < first + together; ++j) sum[(at - s) / stride][j] += a * b[j][s];
+          }
         }
       }
     }
   }
-  each<pixels, vectors>([&](int i, int j) { store(sums + (i * vectors + j) * width, sum[i][j]); });
+  each<pixels, vectors>(
+      [&](int i, int j) { store(sums + (i * vectors + j) * width, sum[i][j] + load(t.bias + j * t.bias_step)); });
 }
 
 typedef void (*SumTile)(const Tile&, float*);
@@ -143,25 +139,17 @@ template <Form form>
 static SumTile sum_tile_of(int64_t columns, int64_t stride, int64_t pixels, int64_t vectors) {
   if (columns == 3 && stride == 1) return sum_tile_of<form, 3, 1>(pixels, vectors);
   if (columns == 3 && stride == 2) return sum_tile_of<form, 3, 2>(pixels, vectors);
-  if constexpr (form == Form::same) {
-    if (columns == 5 && stride == 1) return sum_tile_of<form, 5, 1>(pixels, vectors);
-    if (columns == 5 && stride == 2) return sum_tile_of<form, 5, 2>(pixels, vectors);
-  }
   return sum_tile_of<form, 1, 1>(pixels, vectors);
 }
 
 static SumTile sum_tile_of(Form form, int64_t columns, int64_t stride, int64_t pixels, int64_t vectors) {
-  if (form == Form::same) return sum_tile_of<Form::same>(columns, stride, pixels, vectors);
   if (form == Form::permuted) return sum_tile_of<Form::permuted>(columns, stride, pixels, vectors);
   if (form == Form::own || vectors == 1) return sum_tile_of<Form::own>(columns, stride, pixels, vectors);
   return sum_tile_of<Form::shared>(columns, stride, pixels, vectors);
 }
 
 // Whether the inner loop takes a kernel's row at once; otherwise one position after the other.
-static bool takes_rows(const ConvShape& s) {
-  const bool depthwise = s.c == s.groups && s.k == s.groups;
-  return s.dilation[1] == 1 && s.stride[1] <= 2 && (s.s == 3 || (s.s == 5 && depthwise));
-}
+static bool takes_rows(const ConvShape& s) { return s.s == 3 && s.stride[1] <= 2 && s.dilation[1] == 1; }
 
 // One input row into the ring: [chunks][row_pixels][width].
 template <typename T>
@@ -170,17 +158,18 @@ static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixe
   const ConvShape& s = conv.shape;
   const int64_t left = s.padding[1] < row_pixels ? s.padding[1] : row_pixels;
   const int64_t end = left + s.w < row_pixels ? left + s.w : row_pixels;
-  const int64_t chunk = row_pixels * width, chunks = (unit_end - unit_begin) * unit.chunks;
   const T* row = static_cast<const T*>(conv.input) + (n * s.h + y) * s.w * s.c;
-  for (int64_t i = 0; i < chunks; ++i) {
-    for (int64_t x = 0; x < left; ++x) store(to + i * chunk + x * width, vec{});
-    for (int64_t x = end; x < row_pixels; ++x) store(to + i * chunk + x * width, vec{});
-  }
-  for (int64_t x = left; x < end; ++x, row += s.c) {
-    for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t c = (unit_begin + i / unit.chunks) * unit.channels + i % unit.chunks * width;
-      const vec v = s.c - c >= width ? load(row + c) : load_part(row + c, s.c - c);
-      store(to + i * chunk + x * width, v);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    for (int64_t i = 0; i < unit.chunks; ++i, to += row_pixels * width) {
+      const int64_t channel = u * unit.channels + i * width, channels = s.c - channel;
+      const T* from = row + channel;
+      for (int64_t x = 0; x < left; ++x) store(to + x * width, vec{});
+      if (channels >= width) {
+        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, load(from));
+      } else {
+        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, load_part(from, channels));
+      }
+      for (int64_t x = end; x < row_pixels; ++x) store(to + x * width, vec{});
     }
   }
 }
@@ -228,16 +217,15 @@ int64_t conv_grouped_scratch(const ConvShape& s, int64_t units) {
          s.r * s.s * int64_t(sizeof(Taps));
 }
 
-void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin,
-                  int64_t unit_end, void* scratch) {
+void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,
+                  void* scratch) {
   const ConvShape& s = conv.shape;
   const GroupedUnit unit = grouped_unit(s.c, s.k, s.groups);
   const Tiling tiling = tiling_of(s);
   const int64_t depth = s.c / s.groups, filters = s.k / s.groups;
   const int64_t chunk = tiling.row_pixels * width, slot = (unit_end - unit_begin) * unit.chunks * chunk;
   const bool rows_at_once = takes_rows(s), together = unit.filters > filters;
-  const Form form = !together ? (unit.vectors == 1 ? Form::own : Form::shared)
-                              : (depth == 1 && filters == 1 ? Form::same : Form::permuted);
+  const Form form = together ? Form::permuted : unit.vectors == 1 ? Form::own : Form::shared;
   float* ring = static_cast<float*>(scratch);
   Taps* taps = reinterpret_cast<Taps*>(ring + tiling.row_slots * slot);
 
@@ -249,6 +237,7 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
   Tile tile{};
   tile.taps = taps;
   tile.chunk_step = chunk;
+  tile.unit_step = unit.chunks * chunk;
   tile.pixel_step = s.stride[1] * width;
   tile.depth = depth;
   tile.depth_step = s.s * width;
@@ -282,7 +271,7 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
       tile.bias = conv.bias + filter;
       for (int64_t q = 0; q < s.q; q += tiling.pixels) {
         float sums[8 * tile_vectors * width];
-        tile.input = v / unit.vectors * unit.chunks * chunk + q * s.stride[1] * width;
+        tile.input = v / unit.vectors * tile.unit_step + q * s.stride[1] * width;
         sum(tile, sums);
         const int64_t pixels = s.q - q < tiling.pixels ? s.q - q : tiling.pixels;
         for (int64_t j = 0; j < count; ++j) {
