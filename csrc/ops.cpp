@@ -115,9 +115,13 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "int[2] output_size) -> Tensor");
   m.def("_avg_pool_flatten_cpu(Tensor input) -> Tensor");
   m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
+  m.def("_pack_grouped(Tensor weight, int groups) -> Tensor");
   m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool relu) -> Tensor");
+  m.def(
+      "_conv_grouped(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu) -> Tensor");
   m.def(
       "_conv_winograd(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] padding, bool relu) "
@@ -153,8 +157,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_max_pool_cpu", TORCH_BOX(&resnet_fast::max_pool_cpu));
   m.impl("_avg_pool_flatten_cpu", TORCH_BOX(&resnet_fast::avg_pool_flatten_cpu));
   m.impl("_pack_gemm", TORCH_BOX(&resnet_fast::pack_gemm));
+  m.impl("_pack_grouped", TORCH_BOX(&resnet_fast::pack_grouped));
   m.impl("_pack_winograd", TORCH_BOX(&resnet_fast::pack_winograd));
   m.impl("_conv_gemm", TORCH_BOX(&resnet_fast::conv_gemm));
+  m.impl("_conv_grouped", TORCH_BOX(&resnet_fast::conv_grouped));
   m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));

@@ -52,6 +52,11 @@ def main() -> None:
             ops._conv_gemm(x, at_the_end(ops._pack_gemm(weight, 1)), bias, residual, *geometry, 1, True)
             packed = at_the_end(ops._pack_gemm(point, 1))
             ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
+            for groups in (1, c):  # with c groups: c filters of one channel each
+                in_groups = at_the_end(torch.randn(k, c, 3, 3) if groups == 1 else torch.randn(c, 1, 3, 3))
+                packed, filters = at_the_end(ops._pack_grouped(in_groups, groups)), in_groups.shape[0]
+                added = residual if groups == 1 else x
+                ops._conv_grouped(x, packed, at_the_end(torch.randn(filters)), added, *geometry, groups, True)
             for tile in (2, 4, 5):
                 packed = at_the_end(ops._pack_winograd(weight, tile))
                 ops._conv_winograd(x, packed, bias, residual, [1, 1], True)

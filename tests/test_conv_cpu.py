@@ -19,6 +19,7 @@ from checks import (
 )
 from winograd import LARGEST_ERROR, winograd
 
+from resnet_fast import choose
 from resnet_fast.backends import CPU_LEVELS, cpu_level
 from resnet_fast.bench import layers
 
@@ -46,6 +47,11 @@ def reference(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dil
 def gemm(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True):
     packed = ops._pack_gemm(weight, groups)
     return ops._conv_gemm(x, packed, bias, residual, stride, padding, dilation, groups, relu)
+
+
+def grouped(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True):
+    packed = ops._pack_grouped(weight, groups)
+    return ops._conv_grouped(x, packed, bias, residual, stride, padding, dilation, groups, relu)
 
 
 def fast(x, weight, bias, tile, residual=None, padding=(1, 1), relu=True):
@@ -100,21 +106,87 @@ def split(case):
     return {n: v for n, v in case.items() if n not in geometry or n == "groups"}, geometry
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("integers", (False, True))
-@pytest.mark.parametrize("case", GEMM)
-def test_kernels_gemm(case, integers, dtype):
-    sizes, geometry = split(GEMM[case])
+def check_direct(convolution, case, integers, dtype):
+    """With and without ReLU and residual: integers are exact, the rest is as accurate as torch."""
+    sizes, geometry = split(case)
     x, weight, bias = (t.to(dtype).float() for t in tensors(**sizes, integers=integers))
     for relu in (True, False):
         for residual in (None, torch.randint(-9, 9, reference(x, weight, bias, **geometry).shape).float()):
             how = dict(**geometry, relu=relu)
-            out = gemm(x.to(dtype), weight, bias, *to(dtype, residual), **how)
+            out = convolution(x.to(dtype), weight, bias, *to(dtype, residual), **how)
             exact = reference(*double(x, weight, bias, residual), **how)
             if integers or exact.abs().max() == 0:
                 assert torch.equal(out, exact.to(dtype))
             else:
                 assert_accurate(out, exact, [reference(*to(dtype, x, weight, bias, residual), **how)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", GEMM)
+def test_kernels_gemm(case, integers, dtype):
+    check_direct(gemm, GEMM[case], integers, dtype)
+
+
+# Channels of a group around halves and multiples of the vectors of 4, 8 and 16 floats, groups that fill no vector and
+# no pair of them; rows of pixels around tiles of 4, 7 and 8.
+GROUPED = {f"5 groups of {d}": dict(groups=5, c=5 * d, k=5 * d) for d in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17)}
+GROUPED |= {f"3 groups of {d}": dict(groups=3, c=3 * d, k=3 * d, h=5) for d in (24, 32, 40, 64)}
+GROUPED |= {f"rows of {w}": dict(groups=9, c=36, k=36, h=3, w=w) for w in (1, 2, 3, 5, 6, 8, 9, 13, 14, 15, 16, 20, 33)}
+GROUPED |= {
+    f"stride 2, rows of {w}": dict(groups=4, k=32, c=32, stride=(2, 2), w=w) for w in (1, 2, 12, 13, 14, 28, 33)
+}
+GROUPED |= {
+    "32 groups of 4": dict(groups=32, c=128, k=128),
+    "more filters": dict(groups=4, c=12, k=20),
+    "fewer filters": dict(groups=4, c=20, k=8),
+    "many filters": dict(groups=2, c=6, k=70),
+    "many channels": dict(groups=2, c=70, k=6),
+    "multiplier": dict(groups=8, k=24),
+    "large multiplier": dict(groups=3, c=3, k=51),
+    "one group": dict(c=19, k=37),
+    "one of everything": dict(n=1, c=1, k=1, h=1, w=1),
+    "one pixel": dict(groups=8, c=32, k=32, h=1, w=1),
+    "padding only": dict(groups=8, c=32, k=32, h=1, w=1, padding=(4, 4)),
+    "padding over the kernel": dict(groups=4, c=16, k=16, h=2, w=3, padding=(5, 6)),
+    "no padding": dict(groups=4, c=16, k=16, padding=(0, 0)),
+    "1x1": dict(groups=4, c=16, k=16, kernel=(1, 1), padding=(0, 0)),
+    "1x1 stride 2": dict(groups=4, c=16, k=16, kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
+    "5x5": dict(groups=4, c=16, k=16, kernel=(5, 5), padding=(2, 2)),
+    "5x5 depthwise stride 2": dict(groups=16, c=16, k=16, kernel=(5, 5), padding=(2, 2), stride=(2, 2)),
+    "5x3": dict(groups=4, c=32, k=32, kernel=(5, 3), padding=(2, 1)),
+    "2x4": dict(groups=4, c=16, k=16, kernel=(2, 4), padding=(0, 2)),
+    "stride 3": dict(groups=4, c=16, k=16, stride=(3, 3), h=12, w=13),
+    "stride over the kernel": dict(groups=4, c=16, k=16, stride=(5, 4), padding=(0, 0), h=17, w=13),
+    "dilated": dict(groups=4, c=16, k=16, dilation=(2, 3), padding=(2, 3)),
+    "dilated and broadcast": dict(groups=2, c=36, k=40, dilation=(3, 2), padding=(3, 2)),
+    "dilated rows only": dict(groups=4, c=16, k=16, dilation=(2, 1), padding=(2, 1)),
+    "unequal": dict(groups=4, c=16, k=16, stride=(2, 1), padding=(0, 2), dilation=(1, 3), h=12, w=15),
+    "many blocks": dict(n=1, groups=64, c=256, k=256, h=15, w=56),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", GROUPED)
+def test_kernels_grouped(case, integers, dtype):
+    check_direct(grouped, GROUPED[case], integers, dtype)
+
+
+@pytest.mark.parametrize("depth", (1, 3, 4, 16, 24))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_kernels_grouped_special_values(value, depth):
+    """They reach the filters of their own group only."""
+    x, weight, bias = tensors(c=3 * depth, k=3 * depth, groups=3)
+    how = dict(groups=3)
+    for at in ((0, 0, 0, 0), (1, 3 * depth - 1, 8, 6), (0, depth, 4, 3)):
+        y = x.clone()
+        y[at] = value
+        assert_same_special_values(grouped(y, weight, bias, **how), reference(y, weight, bias, **how))
+        residual = torch.zeros_like(x)
+        residual[at] = value
+        out = grouped(x, weight, bias, residual, **how)
+        assert_same_special_values(out, reference(x, weight, bias, residual, **how))
 
 
 WINOGRAD = {
@@ -285,22 +357,29 @@ def test_kernels_strides(layout):
     ):
         exact = reference(*double(*args))
         assert_accurate(gemm(*args), exact, [reference(*args)])
+        assert_accurate(grouped(*args), exact, [reference(*args)])
         assert relative_error(fast(*args[:3], 4, args[3])[0], exact) <= LARGEST_ERROR[4]
 
 
 def test_kernels_empty_batch():
     x, weight, bias = tensors(n=0)
-    assert gemm(x, weight, bias).shape == fast(x, weight, bias, 4)[0].shape == (0, 16, 9, 7)
+    assert (
+        grouped(x, weight, bias).shape
+        == gemm(x, weight, bias).shape
+        == fast(x, weight, bias, 4)[0].shape
+        == (0, 16, 9, 7)
+    )
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3, 16))
 def test_kernels_give_the_same_bits_for_any_number_of_threads(threads):
     before = torch.get_num_threads()
     x, weight, bias = tensors(n=3, c=40, k=72, h=17, w=19)
-    grouped = tensors(n=3, c=40, k=72, h=17, w=19, groups=4)
+    few, one = tensors(n=3, c=48, k=48, h=17, w=19, groups=12), tensors(n=1, c=40, k=72, h=17, w=19, groups=4)
 
     def run():
-        return [gemm(x, weight, bias), gemm(*grouped, groups=4), *(fast(x, weight, bias, tile)[0] for tile in TILES)]
+        in_groups = [grouped(*few, groups=12), grouped(*one, groups=4), gemm(*one, groups=4)]
+        return [gemm(x, weight, bias), *in_groups, *(fast(x, weight, bias, tile)[0] for tile in TILES)]
 
     expected = run()
     torch.set_num_threads(threads)
@@ -310,11 +389,30 @@ def test_kernels_give_the_same_bits_for_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("level", "most"), {"portable": 0, "avx2": 8, "avx512": 32, "avx512_bf16": 32}.items())
+def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
+    monkeypatch.setattr(choose, "cpu_level", lambda: level)
+
+    def chosen(c, groups=32, kernel=3, stride=1, dilation=1, multiplier=1):
+        weight = (c * multiplier * groups, c, kernel, kernel)
+        pairs = ([stride] * 2, [dilation] * 2)
+        sizes = ((1, c * groups, 14, 14), weight, (1, weight[0], 14, 14))
+        return choose.choose_conv_on_cpu(*sizes, *pairs, groups, False, torch.float32).name
+
+    for c in (1, 2, 3, 4, 8, 16, 32, 64):
+        assert {chosen(c), chosen(c, stride=2)} == {"grouped" if 2 <= c <= most else "onednn"}
+    others = (dict(stride=3), dict(dilation=2), dict(multiplier=2), dict(kernel=1))
+    assert {chosen(4, **other) for other in others} == {"onednn"}
+
+
 def test_packed_weight_of_another_convolution_is_refused():
     x, weight, bias = tensors(c=8, k=16)
     for packed in (ops._pack_gemm(weight[:, :7], 1), ops._pack_gemm(torch.cat([weight] * 6), 1)):
         with pytest.raises(RuntimeError, match="packed_weight must come from _pack_gemm"):
             ops._conv_gemm(x, packed, bias, None, [1, 1], [1, 1], [1, 1], 1, True)
+    for packed in (ops._pack_grouped(weight[:, :7], 1), ops._pack_grouped(torch.cat([weight] * 6), 1), weight):
+        with pytest.raises(RuntimeError, match="packed_weight must come from _pack_grouped"):
+            ops._conv_grouped(x, packed, bias, None, [1, 1], [1, 1], [1, 1], 1, True)
     for packed in (ops._pack_winograd(weight[:, :7], 4), ops._pack_gemm(weight, 1)):
         with pytest.raises(RuntimeError, match="packed_weight must come from _pack_winograd"):
             ops._conv_winograd(x, packed, bias, None, [1, 1], True)

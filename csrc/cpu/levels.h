@@ -38,6 +38,13 @@ struct PoolRow {
   Storage input_type, output_type;  // the same, or the first is f32
 };
 
+// Groups that share input vectors, and the sizes of such a unit; see kernels/conv_grouped.cpp.
+struct GroupedUnit {
+  int64_t channels, filters;
+  int64_t chunks, vectors;  // vectors of channels, of filters
+  int64_t units;            // in the convolution
+};
+
 // A convolution as the kernels take it; all maps in channels_last.
 struct Conv {
   ConvShape shape;
@@ -70,6 +77,11 @@ struct Conv {
     (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,                    \
      int64_t filter_end, void* scratch))                                                                               \
   K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                                        \
+  K(GroupedUnit, grouped_unit, (int64_t channels, int64_t filters, int64_t groups))                                    \
+  K(void, conv_grouped,                                                                                                \
+    (const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,            \
+     void* scratch))                                                                                                   \
+  K(int64_t, conv_grouped_scratch, (const ConvShape& shape, int64_t units)) /* bytes */                                \
   K(void, winograd_input,                                                                                              \
     (const Conv& conv, int64_t m, int64_t begin, int64_t end, void* transformed, int64_t stride))                      \
   K(bool, winograd_output,                                                                                             \

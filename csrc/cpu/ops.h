@@ -43,6 +43,13 @@ torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch:
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation, int64_t groups, bool relu);
 
+torch::stable::Tensor pack_grouped(const torch::stable::Tensor& weight, int64_t groups);
+torch::stable::Tensor conv_grouped(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                   const torch::stable::Tensor& bias,
+                                   const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> stride,
+                                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                                   bool relu);
+
 // 3x3, stride 1, no groups; `tile` is the width of the output tiles (2, 4 or 5). The second result is false if some
 // value of the first is not finite: then NaN and infinities may have spread over whole tiles, and another kernel must
 // compute the convolution. In bfloat16, as above, only tiles of 2 are accurate enough.

@@ -21,6 +21,7 @@ _onednn = torch.ops.resnet_fast._conv_onednn.default
 _few_channels = torch.ops.resnet_fast._conv_few_channels.default
 _few_channels_max_pool = torch.ops.resnet_fast._conv_few_channels_max_pool.default
 _gemm = torch.ops.resnet_fast._conv_gemm.default
+_grouped = torch.ops.resnet_fast._conv_grouped.default
 _winograd = torch.ops.resnet_fast._conv_winograd.default
 
 # Input shapes whose packed weights are kept. Most share one layout and then one copy.
@@ -138,6 +139,8 @@ class FoldedConv:
         folded = fold(*parameters)[0].contiguous()
         if kernel.name == "winograd":
             return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
+        if kernel.name == "grouped":
+            return torch.ops.resnet_fast._pack_grouped(folded, self.geometry.groups)
         if kernel.name == "gemm":
             return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups, kernel.bfloat16)
         return torch.ops.resnet_fast._pack_few_channels(folded)
@@ -182,6 +185,8 @@ class FoldedConv:
             weight = self.direct
         elif kernel.name == "onednn":
             return _onednn(input, weight, bias, residual, *self.geometry, relu)
+        elif kernel.name == "grouped":
+            return _grouped(input, weight, bias, residual, *self.geometry, relu)
         elif kernel.name == "few channels":
             return _few_channels(input, weight, bias, *self.geometry[:3], relu)
         return _gemm(input, weight, bias, residual, *self.geometry, relu)
