@@ -48,7 +48,8 @@ Tensor conv_grouped(const Tensor& input, const Tensor& packed_weight, const Tens
   const ConvShape s =
       conv_shape(input, bias, packed_weight.size(1), packed_weight.size(3), stride, padding, dilation, groups);
   const GroupedUnit unit = kernels().grouped_unit(s.c, s.k, groups);
-  STD_TORCH_CHECK(packed_weight.size(0) == unit.units * unit.vectors && packed_weight.size(2) == s.c / groups &&
+  STD_TORCH_CHECK(storage_of(packed_weight.scalar_type()) == Storage::f32 &&
+                      packed_weight.size(0) == unit.units * unit.vectors && packed_weight.size(2) == s.c / groups &&
                       packed_weight.size(4) == kernels().vector_width,
                   "packed_weight must come from _pack_grouped for this input, bias and groups");
   const ConvCall conv(s, input, packed_weight, bias, residual, relu);
