@@ -63,7 +63,7 @@ def assert_passes_at_level(files: str | list[str], level: str, tests: str) -> No
 # Ways a map or weight [A, B, C, D] may lie in memory, as functions that make such a copy (or view).
 LAYOUTS = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda t: torch.empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
+    "sliced": lambda t: t.new_empty(t.shape[0], 2 * t.shape[1], *t.shape[2:])[:, ::2].copy_(t),
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
     "expanded": lambda t: t[:, :, :1].expand_as(t),
 }
