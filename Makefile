@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
-.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest sanitize cuda-check clean
+.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest test-aarch64 sanitize cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -56,6 +56,14 @@ test-oldest: $(OLDEST)/.installed
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_gpu_campaign.py -k "every_step or dry_run"
 
+# The CPU kernels without torch: built for aarch64 and run under qemu, then natively at every level that this CPU has.
+AARCH64_PACKAGES := g++-aarch64-linux-gnu qemu-user
+test-aarch64: $(SETUP)
+	if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends $(AARCH64_PACKAGES)) >/dev/null || \
+		{ echo "test-aarch64 needs Debian's packages $(AARCH64_PACKAGES): install them as root" >&2; exit 1; }; fi
+	$(BIN)/python tests/aarch64/run.py
+
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every level that this CPU has.
 SANITIZED := build/sanitized
 sanitize: $(SETUP)
@@ -73,12 +81,12 @@ $(VENV)/.dev: $(SETUP)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/aarch64/*.cpp
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp
 
 # Builds the CUDA part for every default architecture (a register spill is an error) and reads its machine code.
 cuda-check: $(VENV)/.dev

@@ -1,0 +1,555 @@
+// The CPU kernels of one level, without torch, against naive loops in double. Built by run.py for aarch64, run under
+// qemu, and for the levels of the machine at hand.
+//
+// Inputs are small integers: whatever is exact must be equal bit for bit. Buffers have exactly the sizes that levels.h
+// asks for, so that a build with -fsanitize=address finds what reads or writes beyond.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/levels.h"
+
+using namespace resnet_fast;
+namespace level = resnet_fast::RESNET_FAST_LEVEL;
+
+namespace {
+
+constexpr Storage types[] = {Storage::f32, Storage::bf16, Storage::f16};
+const double nan_value = std::numeric_limits<double>::quiet_NaN();
+int failures = 0, checks = 0;
+
+const char* name_of(Storage type) {
+  return type == Storage::f32 ? "float32" : type == Storage::bf16 ? "bfloat16" : "float16";
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// n of [-3, 3], always the same ones.
+std::vector<double> integers(int64_t n) {
+  static std::minstd_rand random(1);
+  std::vector<double> values(n);
+  for (double& v : values) v = double(random() % 7) - 3;
+  return values;
+}
+
+// To nearest even with that many bits of precision; no subnormals come up here.
+double round_to(double v, int bits) {
+  if (v == 0 || !std::isfinite(v)) return v;
+  int exponent;
+  const double mantissa = std::frexp(v, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(mantissa, bits)), exponent - bits);
+}
+
+int precision(Storage type) { return type == Storage::f32 ? 24 : type == Storage::bf16 ? 8 : 11; }
+
+// Values as the kernels see them.
+class Values {
+ public:
+  Values(Storage type, int64_t n) : type_(type), bytes_(n * (type == Storage::f32 ? 4 : 2)) {}
+  Values(Storage type, const std::vector<double>& from) : Values(type, int64_t(from.size())) {
+    for (size_t i = 0; i < from.size(); ++i) set(i, from[i]);
+  }
+
+  void* data() { return bytes_.data(); }
+
+  double get(int64_t i) const {
+    if (type_ == Storage::f32) return at<float>(i);
+    const uint16_t bits = at<uint16_t>(i);
+    const int exponent_bits = type_ == Storage::bf16 ? 8 : 5, fraction_bits = 15 - exponent_bits;
+    const int bias = (1 << (exponent_bits - 1)) - 1, exponent = (bits & 0x7fff) >> fraction_bits;
+    const double fraction = std::ldexp(bits & ((1 << fraction_bits) - 1), -fraction_bits), sign = bits >> 15 ? -1 : 1;
+    if (exponent == (1 << exponent_bits) - 1) return fraction != 0 ? nan_value : sign * INFINITY;
+    return sign * (exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias));
+  }
+
+  // Only what the type represents exactly, and NaN.
+  void set(int64_t i, double v) {
+    if (type_ == Storage::f32) return put<float>(i, float(v));
+    const int exponent_bits = type_ == Storage::bf16 ? 8 : 5, fraction_bits = 15 - exponent_bits;
+    if (std::isnan(v)) return put<uint16_t>(i, uint16_t(0x7fff));
+    if (v == 0) return put<uint16_t>(i, 0);
+    const int exponent = std::ilogb(v), bias = (1 << (exponent_bits - 1)) - 1;
+    const int fraction = int(std::ldexp(std::fabs(v), fraction_bits - exponent)) - (1 << fraction_bits);
+    put<uint16_t>(i, uint16_t((v < 0) << 15 | (exponent + bias) << fraction_bits | fraction));
+  }
+
+ private:
+  template <typename T>
+  T at(int64_t i) const {
+    T v;
+    std::memcpy(&v, bytes_.data() + i * sizeof(T), sizeof(T));
+    return v;
+  }
+  template <typename T>
+  void put(int64_t i, T v) {
+    std::memcpy(bytes_.data() + i * sizeof(T), &v, sizeof(T));
+  }
+  Storage type_;
+  std::vector<char> bytes_;
+};
+
+std::vector<float> floats(const std::vector<double>& from) { return {from.begin(), from.end()}; }
+
+struct Freed {
+  void operator()(void* p) const { std::free(p); }
+};
+std::unique_ptr<void, Freed> scratch(int64_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, bytes) != 0) std::abort();
+  std::memset(p, 0xff, bytes);  // NaN: nothing may be read before it is written
+  return std::unique_ptr<void, Freed>(p);
+}
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+void expect(bool right, const char* what, const char* details) {
+  ++checks;
+  if (right) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", what, details);
+}
+
+// Every value is `expected`, rounded to the type.
+void expect_values(const Values& got, const std::vector<double>& expected, Storage type, const char* what,
+                   const char* details) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double right = round_to(expected[i], precision(type));
+    if (same(got.get(i), right)) continue;
+    char text[400];
+    std::snprintf(text, sizeof(text), "%s, %s: value %zu is %g instead of %g", details, name_of(type), i, got.get(i),
+                  right);
+    return expect(false, what, text);
+  }
+  expect(true, what, details);
+}
+
+// RMS(error) / RMS(expected) is at most `bound`.
+void expect_near(const Values& got, const std::vector<double>& expected, double bound, const char* what,
+                 const char* details) {
+  double error = 0, total = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double difference = got.get(i) - expected[i];
+    error += difference * difference;
+    total += expected[i] * expected[i];
+  }
+  char text[400];
+  std::snprintf(text, sizeof(text), "%s: relative error %g above %g", details, std::sqrt(error / total), bound);
+  expect(std::sqrt(error) <= bound * std::sqrt(total), what, text);
+}
+
+// What a convolution is given: maps [N, H, W, C], weight [K, C / groups, R, S].
+struct Case {
+  ConvShape shape;
+  bool relu, with_residual;
+  std::vector<double> input, weight, bias, residual;
+
+  Case(ConvShape s, bool relu, bool with_residual, double weight_step = 1) : relu(relu), with_residual(with_residual) {
+    s.p = (s.h + 2 * s.padding[0] - s.dilation[0] * (s.r - 1) - 1) / s.stride[0] + 1;
+    s.q = (s.w + 2 * s.padding[1] - s.dilation[1] * (s.s - 1) - 1) / s.stride[1] + 1;
+    shape = s;
+    input = integers(s.n * s.h * s.w * s.c);
+    weight = integers(s.k * s.c / s.groups * s.r * s.s);
+    for (double& w : weight) w *= weight_step;
+    bias = integers(s.k);
+    residual = integers(s.n * s.p * s.q * s.k);
+  }
+
+  double at(int64_t n, int64_t y, int64_t x, int64_t c) const {
+    const bool inside = y >= 0 && y < shape.h && x >= 0 && x < shape.w;
+    return inside ? input[((n * shape.h + y) * shape.w + x) * shape.c + c] : 0;
+  }
+
+  std::vector<double> expected() const {
+    const ConvShape& s = shape;
+    const int64_t depth = s.c / s.groups, filters = s.k / s.groups;
+    std::vector<double> out;
+    for (int64_t n = 0; n < s.n; ++n)
+      for (int64_t p = 0; p < s.p; ++p)
+        for (int64_t q = 0; q < s.q; ++q)
+          for (int64_t k = 0; k < s.k; ++k) {
+            double sum = bias[k];
+            for (int64_t c = 0; c < depth; ++c)
+              for (int64_t r = 0; r < s.r; ++r)
+                for (int64_t t = 0; t < s.s; ++t)
+                  sum += weight[((k * depth + c) * s.r + r) * s.s + t] *
+                         at(n, p * s.stride[0] - s.padding[0] + r * s.dilation[0],
+                            q * s.stride[1] - s.padding[1] + t * s.dilation[1], k / filters * depth + c);
+            if (with_residual) sum += residual[out.size()];
+            out.push_back(relu && sum < 0 ? 0 : sum);
+          }
+    return out;
+  }
+};
+
+// A Case as the kernels take it.
+struct Call {
+  Values input, residual, output;
+  std::vector<float> weight, bias, zeros;
+  Conv conv;
+
+  Call(const Case& c, Storage input_type, Storage output_type, std::vector<float> packed)
+      : input(input_type, c.input),
+        residual(output_type, c.residual),
+        output(output_type, int64_t(c.residual.size())),
+        weight(std::move(packed)),
+        bias(floats(c.bias)),
+        zeros(c.shape.c + level::vector_width) {
+    bias.resize(c.shape.k + level::gemm_panel);
+    conv.shape = c.shape;
+    conv.input = input.data();
+    conv.weight = weight.data();
+    conv.bias = bias.data();
+    conv.residual = c.with_residual ? residual.data() : nullptr;
+    conv.output = output.data();
+    conv.zeros = zeros.data();
+    conv.input_type = input_type;
+    conv.output_type = output_type;
+    conv.weight_type = Storage::f32;
+    conv.relu = c.relu;
+  }
+};
+
+struct Text {
+  char text[300];
+  Text(const ConvShape& s, Storage type) {
+    std::snprintf(
+        text, sizeof(text), "%s [%d,%d,%d,%d] -> %d, %dx%d, stride %d,%d, padding %d,%d, dilation %d,%d, %d groups",
+        name_of(type), int(s.n), int(s.c), int(s.h), int(s.w), int(s.k), int(s.r), int(s.s), int(s.stride[0]),
+        int(s.stride[1]), int(s.padding[0]), int(s.padding[1]), int(s.dilation[0]), int(s.dilation[1]), int(s.groups));
+  }
+};
+
+// The layouts of csrc/cpu/conv_gemm.cpp, conv_winograd.cpp, conv_grouped.cpp and conv_few_channels.cpp.
+
+int64_t padded_filters(int64_t filters) { return ceil_div(filters, level::vector_width) * level::vector_width; }
+
+std::vector<float> pack_gemm(const Case& c) {
+  const ConvShape& s = c.shape;
+  const int64_t depth = s.c / s.groups, filters = s.k / s.groups, taps = s.r * s.s, padded = padded_filters(filters);
+  std::vector<float> packed(s.groups * padded * taps * depth);
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t k = 0; k < filters; ++k)
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t first = k / level::gemm_panel * level::gemm_panel;
+          const int64_t columns = std::min(level::gemm_panel, padded - first);
+          packed[(g * padded + first) * taps * depth + (t * depth + d) * columns + k - first] =
+              float(c.weight[((g * filters + k) * depth + d) * taps + t]);
+        }
+  return packed;
+}
+
+std::vector<float> pack_winograd(const Case& c, int64_t m) {
+  std::vector<double> points{0, 1, -1};
+  if (m == 4) points = {0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
+  if (m == 5) points = {1.0 / 3, -1.0 / 3, 0.75, -0.75, 2, -2};
+  const int64_t size = m + 2, padded = padded_filters(c.shape.k), channels = c.shape.c;
+  const auto g = [&](int64_t row, int64_t power) {
+    if (row == m + 1) return power == 2 ? 1.0 : 0.0;
+    double v = std::pow(points[row], double(power));
+    for (const double q : points)
+      if (q != points[row]) v /= points[row] - q;
+    return v;
+  };
+  std::vector<float> packed(padded * size * size * channels);
+  for (int64_t k = 0; k < c.shape.k; ++k)
+    for (int64_t d = 0; d < channels; ++d)
+      for (int64_t i = 0; i < size; ++i)
+        for (int64_t j = 0; j < size; ++j) {
+          double sum = 0;
+          for (int64_t r = 0; r < 3; ++r)
+            for (int64_t t = 0; t < 3; ++t) sum += g(i, r) * g(j, t) * c.weight[((k * channels + d) * 3 + r) * 3 + t];
+          const int64_t first = k / level::gemm_panel * level::gemm_panel;
+          const int64_t columns = std::min(level::gemm_panel, padded - first);
+          packed[first * size * size * channels + ((i * size + j) * channels + d) * columns + k - first] = float(sum);
+        }
+  return packed;
+}
+
+std::vector<float> pack_grouped(const Case& c, const GroupedUnit& unit) {
+  const ConvShape& s = c.shape;
+  const int64_t depth = s.c / s.groups, width = level::vector_width;
+  std::vector<float> packed(unit.units * unit.vectors * s.r * depth * s.s * width);
+  for (int64_t k = 0; k < s.k; ++k) {
+    const int64_t in_unit = k % unit.filters, v = k / unit.filters * unit.vectors + in_unit / width;
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t r = 0; r < s.r; ++r)
+        for (int64_t t = 0; t < s.s; ++t)
+          packed[(((v * s.r + r) * depth + d) * s.s + t) * width + in_unit % width] =
+              float(c.weight[((k * depth + d) * s.r + r) * s.s + t]);
+  }
+  return packed;
+}
+
+ConvShape shape(int64_t n, int64_t c, int64_t k, int64_t h, int64_t w, int64_t r, int64_t s, int64_t padding,
+                int64_t stride = 1, int64_t dilation = 1, int64_t groups = 1) {
+  return {n, h, w, c, k, r, s, 0, 0, {stride, stride}, {padding, padding}, {dilation, dilation}, groups};
+}
+
+void test_gemm() {
+  const ConvShape shapes[] = {
+      shape(1, 1, 1, 1, 1, 1, 1, 0),
+      shape(2, 24, 40, 5, 7, 1, 1, 0),
+      shape(1, 515, 20, 3, 3, 1, 1, 0),
+      shape(2, 7, 9, 5, 4, 1, 1, 1, 2),
+      shape(2, 8, 16, 9, 7, 3, 3, 1),
+      shape(1, 17, 65, 6, 5, 3, 3, 1, 2),
+      shape(1, 3, 130, 5, 5, 3, 3, 2, 1, 2),
+      shape(1, 257, 5, 3, 4, 3, 3, 1),
+      shape(1, 5, 63, 9, 8, 5, 5, 2),
+      shape(1, 3, 33, 11, 12, 7, 7, 3, 2),
+      shape(1, 2, 15, 1, 1, 3, 3, 4),
+      shape(2, 34, 36, 5, 5, 3, 3, 1, 1, 1, 2),
+      shape(1, 12, 20, 4, 6, 1, 1, 0, 1, 1, 4),
+      shape(1, 8, 24, 5, 5, 3, 3, 1, 2, 1, 8),
+  };
+  bool flag = false;
+  for (const ConvShape& s : shapes)
+    for (const Storage type : types) {
+      const Case c(s, flag = !flag, s.k % 3 != 0);
+      // Maps that a kernel larger than 1x1 reads were widened before.
+      Call call(c, s.r * s.s == 1 ? type : Storage::f32, type, pack_gemm(c));
+      const int64_t pixels = c.shape.n * c.shape.p * c.shape.q, half = ceil_div(pixels, 2);
+      const int64_t filters = s.k / s.groups, middle = std::min(filters, level::gemm_panel);
+      for (int64_t g = 0; g < s.groups; ++g)
+        for (int64_t begin = 0; begin < pixels; begin += half) {
+          const int64_t end = std::min(pixels, begin + half);
+          const auto memory = scratch(level::conv_gemm_scratch(call.conv, end - begin));
+          level::conv_gemm(call.conv, g, begin, end, 0, middle, memory.get());
+          if (middle < filters) level::conv_gemm(call.conv, g, begin, end, middle, filters, memory.get());
+        }
+      expect_values(call.output, c.expected(), type, "conv_gemm", Text(c.shape, type).text);
+    }
+}
+
+bool run_winograd(Call& call, int64_t m) {
+  const ConvShape& s = call.conv.shape;
+  const int64_t size = (m + 2) * (m + 2), tiles = s.n * ceil_div(s.p, m) * ceil_div(s.q, m), half = ceil_div(tiles, 2);
+  bool finite = true;
+  for (int64_t begin = 0; begin < tiles; begin += half) {
+    const int64_t end = std::min(tiles, begin + half), stride = level::winograd_input_stride(s, end - begin);
+    const auto transformed = scratch(stride * size * sizeof(float));
+    level::winograd_input(call.conv, m, begin, end, transformed.get(), stride);
+    const auto products = scratch(level::winograd_output_stride(end - begin) * size * sizeof(float));
+    for (int64_t filter = 0; filter < s.k; filter += level::gemm_panel)
+      finite &= level::winograd_output(call.conv, m, transformed.get(), stride, begin, end, filter,
+                                       static_cast<float*>(products.get()));
+  }
+  return finite;
+}
+
+void test_winograd() {
+  const ConvShape shapes[] = {
+      shape(1, 1, 1, 1, 1, 3, 3, 1),   shape(2, 7, 9, 9, 7, 3, 3, 1),   shape(1, 17, 33, 1, 17, 3, 3, 1),
+      shape(1, 33, 65, 8, 8, 3, 3, 1), shape(1, 8, 130, 3, 3, 3, 3, 0), shape(2, 16, 15, 20, 21, 3, 3, 1),
+      shape(1, 5, 7, 4, 6, 3, 3, 4),   shape(1, 260, 8, 5, 5, 3, 3, 1),
+  };
+  bool flag = false;
+  for (const ConvShape& s : shapes)
+    for (const Storage type : types)
+      for (const int64_t m : {2, 4, 5}) {
+        const Case c(s, flag = !flag, s.k % 3 != 0, m == 2 ? 4 : 1);  // G of F(2,3) has quarters
+        Call call(c, type, type, pack_winograd(c, m));
+        const Text text(c.shape, type);
+        expect(run_winograd(call, m), "winograd", text.text);
+        if (m == 2) {
+          expect_values(call.output, c.expected(), type, "winograd F(2,3)", text.text);
+        } else {
+          const double rounding = type == Storage::f32 ? 0 : std::ldexp(1, -precision(type));
+          expect_near(call.output, c.expected(), 5e-6 + rounding, m == 4 ? "winograd F(4,3)" : "winograd F(5,3)",
+                      text.text);
+        }
+      }
+  for (const int64_t m : {2, 4, 5}) {
+    Case c(shape(1, 9, 17, 11, 11, 3, 3, 1), true, false);
+    c.input[9 * 11 * 11 - 1] = nan_value;
+    Call call(c, Storage::f32, Storage::f32, pack_winograd(c, m));
+    expect(!run_winograd(call, m), "winograd", "a NaN was not noticed");
+  }
+}
+
+void test_grouped() {
+  const ConvShape shapes[] = {
+      shape(1, 2, 2, 1, 1, 1, 1, 0, 1, 1, 2),    shape(2, 32, 32, 9, 11, 3, 3, 1, 1, 1, 8),
+      shape(1, 24, 24, 7, 7, 3, 3, 1, 2, 1, 24), shape(1, 36, 60, 5, 9, 3, 3, 1, 1, 1, 3),
+      shape(1, 40, 80, 8, 8, 3, 3, 1, 2, 1, 2),  shape(1, 15, 30, 6, 13, 5, 2, 2, 1, 2, 5),
+      shape(1, 66, 33, 4, 4, 3, 3, 1, 1, 1, 33), shape(1, 12, 12, 1, 20, 1, 3, 1, 3, 1, 3),
+  };
+  bool flag = false;
+  for (const ConvShape& s : shapes)
+    for (const Storage type : types) {
+      const Case c(s, flag = !flag, s.k % 3 != 0);
+      const GroupedUnit unit = level::grouped_unit(s.c, s.k, s.groups);
+      Call call(c, type, type, pack_grouped(c, unit));
+      const auto memory = scratch(level::conv_grouped_scratch(c.shape, unit.units));
+      const int64_t middle = c.shape.p / 2;
+      for (int64_t n = 0; n < s.n; ++n) {
+        level::conv_grouped(call.conv, n, 0, middle, 0, unit.units, memory.get());
+        level::conv_grouped(call.conv, n, middle, c.shape.p, 0, unit.units, memory.get());
+      }
+      expect_values(call.output, c.expected(), type, "conv_grouped", Text(c.shape, type).text);
+    }
+}
+
+// `widen` and `conv_row`, as conv_few_channels.cpp calls them.
+void test_few_channels() {
+  const ConvShape shapes[] = {
+      shape(1, 1, 1, 1, 1, 1, 1, 0),    shape(1, 3, 64, 15, 17, 7, 7, 3, 2),  shape(1, 3, 16, 8, 9, 3, 3, 1),
+      shape(1, 4, 33, 6, 100, 3, 3, 1), shape(1, 2, 40, 7, 9, 3, 3, 2, 1, 2), shape(1, 3, 7, 5, 13, 5, 5, 2, 3),
+  };
+  bool flag = false;
+  for (const ConvShape& given : shapes)
+    for (const Storage type : types) {
+      const Case c(given, flag = !flag, false);
+      const ConvShape& s = c.shape;
+      const int64_t block = level::conv_block, blocks = ceil_div(s.k, block), taps = s.r * s.s * s.c;
+      const int64_t length = s.w + 2 * s.padding[1];
+      std::vector<float> weight(blocks * taps * block), bias(blocks * block);
+      std::vector<int64_t> offsets;
+      for (int64_t r = 0; r < s.r; ++r)
+        for (int64_t t = 0; t < s.s; ++t)
+          for (int64_t d = 0; d < s.c; ++d) {
+            const int64_t tap = int64_t(offsets.size());
+            offsets.push_back((r * s.c + d) * length + t * s.dilation[1]);
+            for (int64_t k = 0; k < s.k; ++k)
+              weight[(k / block * taps + tap) * block + k % block] =
+                  float(c.weight[((k * s.c + d) * s.r + r) * s.s + t]);
+          }
+      std::copy(c.bias.begin(), c.bias.end(), bias.begin());
+      Values input(type, c.input), output(type, s.p * s.q * s.k);
+      const int64_t bytes = type == Storage::f32 ? 4 : 2;
+      for (int64_t p = 0; p < s.p; ++p) {
+        std::vector<float> rows(s.r * s.c * length);
+        for (int64_t r = 0; r < s.r; ++r) {
+          const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
+          for (int64_t d = 0; y >= 0 && y < s.h && d < s.c; ++d)
+            level::widen(static_cast<char*>(input.data()) + (y * s.w * s.c + d) * bytes, type, s.c, s.w,
+                         rows.data() + (r * s.c + d) * length + s.padding[1]);
+        }
+        ConvRow row{rows.data(),   offsets.data(),
+                    taps,          s.stride[1],
+                    weight.data(), taps * block,
+                    bias.data(),   static_cast<char*>(output.data()) + p * s.q * s.k * bytes,
+                    type,          s.q,
+                    s.k,           c.relu};
+        level::conv_row(row);
+      }
+      expect_values(output, c.expected(), type, "conv_row", Text(s, type).text);
+    }
+}
+
+void test_widen() {
+  for (const Storage type : types)
+    for (const int64_t n : {1, 3, 16, 37}) {
+      std::vector<double> from = integers(n);
+      from[0] = nan_value;
+      Values values(type, from), wide(Storage::f32, n);
+      level::widen(values.data(), type, 1, n, static_cast<float*>(wide.data()));
+      expect_values(wide, from, Storage::f32, "widen", name_of(type));
+    }
+}
+
+void test_max_pool() {
+  struct Sizes {
+    int64_t width, channels, kernel, stride, padding, dilation;
+  };
+  const Sizes all[] = {
+      {1, 1, 1, 1, 0, 1}, {9, 64, 3, 2, 1, 1}, {8, 17, 3, 2, 1, 1}, {13, 70, 2, 1, 1, 3}, {7, 5, 4, 3, 2, 1}};
+  for (const Sizes& z : all)
+    for (const Storage in : types)
+      for (const Storage out : types) {
+        if (in != out && in != Storage::f32) continue;
+        const int64_t pixels = (z.width + 2 * z.padding - z.dilation * (z.kernel - 1) - 1) / z.stride + 1;
+        std::vector<std::vector<double>> rows{integers(z.width * z.channels), integers(z.width * z.channels)};
+        rows[1][z.width * z.channels / 2] = nan_value;
+        std::vector<double> expected;
+        for (int64_t q = 0; q < pixels; ++q)
+          for (int64_t c = 0; c < z.channels; ++c) {
+            double largest = -INFINITY;
+            for (const auto& row : rows)
+              for (int64_t t = 0; t < z.kernel; ++t) {
+                const int64_t x = q * z.stride - z.padding + t * z.dilation;
+                if (x < 0 || x >= z.width) continue;
+                const double v = row[x * z.channels + c];
+                if (v > largest || std::isnan(v)) largest = v;
+              }
+            expected.push_back(largest);
+          }
+        Values first(in, rows[0]), second(in, rows[1]), output(out, int64_t(expected.size()));
+        const void* pointers[] = {first.data(), second.data()};
+        level::max_pool_row({pointers, 2, z.width, z.channels, z.kernel, z.stride, z.padding, z.dilation, output.data(),
+                             pixels, in, out});
+        expect_values(output, expected, out, "max_pool_row", name_of(in));
+      }
+}
+
+void test_avg_pool() {
+  for (const Storage type : types)
+    for (const bool channels_last : {true, false})
+      for (const int64_t channels : {1, 15, 64, 130})
+        for (const int64_t pixels : {1, 49, 64, 200}) {
+          const std::vector<double> map = integers(pixels * channels);
+          std::vector<double> expected(channels);
+          for (int64_t p = 0; p < pixels; ++p)
+            for (int64_t c = 0; c < channels; ++c)
+              expected[c] += map[channels_last ? p * channels + c : c * pixels + p];
+          for (double& v : expected) v = float(v) / float(pixels);
+          Values values(type, map), output(type, channels);
+          const int64_t middle = channels / 2;
+          level::avg_pool(values.data(), type, channels_last, pixels, channels, 0, middle, output.data());
+          level::avg_pool(values.data(), type, channels_last, pixels, channels, middle, channels, output.data());
+          expect_values(output, expected, type, "avg_pool", channels_last ? "channels_last" : "contiguous");
+        }
+}
+
+void test_add_relu() {
+  for (const Storage type : types)
+    for (const int64_t n : {1, 15, 16, 17, 100}) {
+      std::vector<double> a = integers(n), b = integers(n), expected(n);
+      a[n / 2] = nan_value;
+      for (int64_t i = 0; i < n; ++i) expected[i] = a[i] + b[i] < 0 ? 0 : a[i] + b[i];
+      Values x(type, a), y(type, b), out(type, n);
+      const auto bits = [](Values& v) { return static_cast<uint16_t*>(v.data()); };
+      const auto real = [](Values& v) { return static_cast<float*>(v.data()); };
+      if (type == Storage::f32) level::add_relu_f32(real(x), real(y), real(out), n);
+      if (type == Storage::bf16) level::add_relu_bf16(bits(x), bits(y), bits(out), n);
+      if (type == Storage::f16) level::add_relu_f16(bits(x), bits(y), bits(out), n);
+      expect_values(out, expected, type, "add_relu", name_of(type));
+    }
+}
+
+void test_all_finite() {
+  for (const int64_t n : {1, 17, 4096, 5000})
+    for (const Storage type : types) {
+      Values values(type, integers(n));
+      const auto finite = [&] {
+        if (type == Storage::f32) return level::all_finite_32(static_cast<uint32_t*>(values.data()), n, 0x7f800000u);
+        return level::all_finite_16(static_cast<uint16_t*>(values.data()), n, type == Storage::bf16 ? 0x7f80 : 0x7c00);
+      };
+      expect(finite(), "all_finite", name_of(type));
+      values.set(n - 1, nan_value);
+      expect(!finite(), "all_finite", name_of(type));
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_gemm();
+  test_winograd();
+  test_grouped();
+  test_few_channels();
+  test_widen();
+  test_max_pool();
+  test_avg_pool();
+  test_add_relu();
+  test_all_finite();
+  std::printf("%d checks, %d failed, vectors of %d\n", checks, failures, int(level::vector_width));
+  return failures == 0 ? 0 : 1;
+}
