@@ -167,7 +167,8 @@ def test_nan_and_inf_beside_the_window_stay_there(value, c, kernel, dtype):
     tensors, how = problem(n=1, c=c, k=5, h=7, w=33, kernel=(kernel, kernel), stride=(2, 2), relu=False, dtype=dtype)
     for column in (0, 11, 20, 32):
         tensors["input"][0, c - 1, 3, column] = value
-        assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
+        # In float64: on a CPU with AVX-512 BF16 torch's own bfloat16 lets such a NaN out where c is odd.
+        assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**in_double(tensors), **how))
         tensors["input"][0, c - 1, 3, column] = 1.0
 
 
