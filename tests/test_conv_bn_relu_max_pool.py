@@ -161,12 +161,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ("weight", *VECTORS[1:]))
+# A single element of a weight is not noticed: see clear_cache.
+NOTICED = [(n, c) for n in ("weight", *VECTORS[1:]) for c in CHANGES if (n, c) != ("weight", "one statistic")]
+
+
+@pytest.mark.parametrize(("name", "change"), NOTICED)
 def test_nothing_goes_stale(name, change):
     tensors, how = stem(c=3, k=16, h=16, w=16)
-    if name == "weight" and change == "one statistic":
-        pytest.skip("a single element of a weight is not noticed: see clear_cache")
     first = conv_bn_relu_max_pool(**tensors, **how)
     CHANGES[change](tensors[name])
     assert_right(tensors, how)
