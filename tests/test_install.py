@@ -1,8 +1,6 @@
-"""Installing: the user's torch stays as it is, and no object of one instruction-set level leaks into another."""
+"""Installing: the user's torch stays as it is."""
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -74,29 +72,3 @@ def test_too_old_a_torch_is_refused_in_words(tmp_path):
         text=True,
     )
     assert result.returncode != 0 and "needs torch >= 2.11, this environment has 2.10.1" in result.stderr
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SETUP = load_setup()
-
-
-@pytest.mark.parametrize("level", SETUP.LEVELS)
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cpu/kernels").glob("*.cpp")))
-def test_kernel_objects_export_no_weak_symbols(source, level, tmp_path):
-    """A weak symbol (an inline function) built for AVX-512 could be the one that the linker gives to the portable path."""
-    target = tmp_path / "kernel.o"
-    flags = [*SETUP.KERNEL_FLAGS, *SETUP.LEVELS[level], f"-DRESNET_FAST_LEVEL={level}"]
-    subprocess.run(
-        [os.environ.get("CXX", "g++"), *flags, "-c", ROOT / "csrc/cpu/kernels" / source, "-o", target], check=True
-    )
-    lines = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
-    kinds = {line[17]: line[19:] for line in lines}
-    assert not set("WVwvu") & set(kinds), lines
-    defined = [line[19:] for line in lines if line[17] in "TRDB"]
-    assert defined and all(name.startswith(f"resnet_fast::{level}::") for name in defined)

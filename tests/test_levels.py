@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +13,20 @@ ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp"))
 
 
-@pytest.fixture(scope="module")
-def build():
+def load_setup():
     """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("setup_of_resnet_fast", ROOT / "setup.py")
+    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+SETUP = load_setup()
+
+
+def compile_command(source: Path, level: str, target: Path, *options: str) -> list:
+    flags = [*SETUP.KERNEL_FLAGS, *options, *SETUP.LEVELS[level], f"-DRESNET_FAST_LEVEL={level}"]
+    return [os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", target]
 
 
 def symbols(file: Path) -> dict[str, str]:
@@ -30,18 +36,15 @@ def symbols(file: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def objects(build, tmp_path_factory):
+def objects(tmp_path_factory):
     """Object files by level, compiled with the flags of the build but without optimization: then no function of a
     header vanishes by being inlined everywhere, and it takes seconds."""
-    if shutil.which("nm") is None:
-        pytest.skip("no nm")
     folder = tmp_path_factory.mktemp("levels")
     found, commands = {}, []
-    for level, flags in build.LEVELS.items():
+    for level in SETUP.LEVELS:
         found[level] = [folder / f"{level}_{source.stem}.o" for source in KERNELS]
         for source, target in zip(KERNELS, found[level], strict=True):
-            options = [*build.KERNEL_FLAGS, "-O0", *flags, f"-DRESNET_FAST_LEVEL={level}"]
-            commands.append([os.environ.get("CXX", "g++"), *options, "-c", source, "-o", target])
+            commands.append(compile_command(source, level, target, "-O0"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
     return found
@@ -69,3 +72,17 @@ def test_every_level_has_every_kernel(objects):
         defined = [name for file in files for name, kind in symbols(file).items() if kind in "TRDB"]
         for name in names:
             assert sum(bool(re.match(f"{prefix}{len(name)}{name}E", d)) for d in defined) == 1, f"{level}: {name}"
+
+
+@pytest.mark.parametrize("level", SETUP.LEVELS)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.name)
+def test_kernel_objects_export_no_weak_symbols(source, level, tmp_path):
+    """As they are built. A weak symbol (an inline function) built for AVX-512 could be the one that the linker gives to
+    the portable path."""
+    target = tmp_path / "kernel.o"
+    subprocess.run(compile_command(source, level, target), check=True)
+    lines = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
+    kinds = {line[17]: line[19:] for line in lines}
+    assert not set("VWvwu") & set(kinds), lines
+    defined = [line[19:] for line in lines if line[17] in "TRDB"]
+    assert defined and all(name.startswith(f"resnet_fast::{level}::") for name in defined)
