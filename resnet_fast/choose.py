@@ -115,7 +115,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
         if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:
             return "oneDNN"
         in_float32 = "" if dtype == torch.float32 or in_bfloat16 else " in float32"
-        return f"C++ {cpu_level()}{in_float32} (groups: oneDNN)"
+        return f"C++ {cpu_level()}{in_float32} (some groups: oneDNN)"
     if backend == "cuda":
         return "cuDNN (large maps: Triton)" if operator == "conv_bn_relu" else "CUDA C++"
     return "Triton"
@@ -216,6 +216,7 @@ def choose_conv_on_cpu(
     weight_size: Sequence[int],
     output_size: Sequence[int],
     stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     has_residual: bool,
@@ -226,17 +227,20 @@ def choose_conv_on_cpu(
     input_size [N, C, H, W], weight_size [K, C / groups, R, S], output_size [N, K, P, Q]. ``dtype`` is the activations'.
     """
     k, c, r, s = weight_size
+    if _onednn_errs(weight_size, padding, dilation, groups, dtype):
+        onednn, in_16_bit = ConvKernel("gemm"), False
+    else:
+        onednn, in_16_bit = ConvKernel("onednn"), dtype != torch.float32 and onednn_runs(dtype)
     in_bfloat16 = dtype == torch.bfloat16 and c % 2 == 0 and _multiplies_bfloat16()
-    if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:
-        return ConvKernel("onednn")  # ours compute in float32
+    if in_16_bit and not in_bfloat16:
+        return onednn  # ours compute in float32
     if not has_residual and has_few_channels(weight_size, groups):
         return ConvKernel("few channels")
     if groups > 1:
-        in_float32 = dtype == torch.float32 or not onednn_runs(dtype)
-        fast = in_float32 and _is_fast_grouped(weight_size, stride, dilation, groups)
-        return ConvKernel("grouped" if fast else "onednn")
+        fast = not in_16_bit and _is_fast_grouped(weight_size, stride, dilation, groups)
+        return ConvKernel("grouped") if fast else onednn
     if min(c, k) < _vector_width():
-        return ConvKernel("onednn")
+        return onednn
     kernels = [ConvKernel("gemm", bfloat16=in_bfloat16)]
     n, _, p, q = output_size
     costs = [9 * (n * p * q + _STREAMING) * (0.5 if in_bfloat16 else 1.0)]
@@ -247,6 +251,21 @@ def choose_conv_on_cpu(
         kernels += winograd
         costs += [_winograd_cost(kernel, (n, p, q), c, k) for kernel in winograd]
     return kernels[costs.index(min(costs))]
+
+
+def _onednn_errs(
+    weight_size: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype
+) -> bool:
+    """Whether torch 2.14's oneDNN must not compute this, found on a CPU with AVX-512 BF16.
+
+    weight_size [K, C / groups, R, S]. It may crash, in torch's own conv2d too, where outputs see padding alone
+    (bfloat16: [1, 51, 9, 1], weight [35, 51, 3, 1], stride (3, 2), padding (2, 3); float32: [3, 10, 3, 1], weight
+    [68, 5, 3, 1], stride (3, 2), padding (3, 1), dilation (3, 2), 2 groups). From one channel and a reordered weight it
+    makes garbage in 16 bits ([1, 1, 6, 1], weight [33, 1, 3, 3], stride (1, 3), padding (2, 1)).
+    """
+    _, channels, *size = weight_size
+    sees_padding_alone = any(p > d * (n - 1) for p, d, n in zip(padding, dilation, size, strict=True))
+    return sees_padding_alone or (channels == 1 and groups == 1 and dtype != torch.float32)
 
 
 @cache

@@ -72,7 +72,7 @@ def winograd_tile(tensors, geometry, output_size):
     """Width of the tiles if Winograd's algorithm runs, else 0."""
     pairs = {
         name: geometry[name] if isinstance(geometry[name], list) else [geometry[name]] * 2
-        for name in ("stride", "dilation")
+        for name in ("stride", "padding", "dilation")
     }
     sizes = (tensors["input"].shape, tensors["weight"].shape, output_size)
     has_residual, dtype = tensors["residual"] is not None, tensors["input"].dtype

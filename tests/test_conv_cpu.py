@@ -395,7 +395,7 @@ def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
 
     def chosen(c, groups=32, kernel=3, stride=1, dilation=1, multiplier=1):
         weight = (c * multiplier * groups, c, kernel, kernel)
-        pairs = ([stride] * 2, [dilation] * 2)
+        pairs = ([stride] * 2, [0, 0], [dilation] * 2)
         sizes = ((1, c * groups, 14, 14), weight, (1, weight[0], 14, 14))
         return choose.choose_conv_on_cpu(*sizes, *pairs, groups, False, torch.float32).name
 
@@ -403,6 +403,19 @@ def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
         assert {chosen(c), chosen(c, stride=2)} == {"grouped" if 2 <= c <= most else "onednn"}
     others = (dict(stride=3), dict(dilation=2), dict(multiplier=2), dict(kernel=1))
     assert {chosen(4, **other) for other in others} == {"onednn"}
+
+
+def test_what_onednn_errs_on_runs_in_our_kernels():
+    """Outputs that see padding alone; in 16 bits, one channel."""
+
+    def chosen(c, groups, padding, dtype):
+        sizes = ((1, c * groups, 9, 9), (34, c, 3, 1), (1, 34, 9, 9))
+        return choose.choose_conv_on_cpu(*sizes, [1, 1], padding, [1, 1], groups, True, dtype).name
+
+    for dtype in DTYPES:
+        assert chosen(17, 2, [3, 0], dtype) == chosen(17, 2, [0, 1], dtype) == chosen(1, 1, [3, 0], dtype) == "gemm"
+        assert chosen(17, 2, [2, 0], dtype) == "onednn"
+        assert chosen(1, 1, [0, 0], dtype) == ("onednn" if dtype == torch.float32 else "gemm")
 
 
 def test_packed_weight_of_another_convolution_is_refused():

@@ -66,26 +66,12 @@ def fold(
     return weight.float() * scale.view(-1, 1, 1, 1), shift
 
 
-def _onednn_errs(weight_size: torch.Size, geometry: Geometry) -> bool:
-    """Whether torch 2.14's oneDNN must not compute this, found on a CPU with AVX-512 BF16.
-
-    It may crash, in torch's own conv2d too, where outputs see padding alone (bfloat16: [1, 51, 9, 1], weight
-    [35, 51, 3, 1], stride (3, 2), padding (2, 3); float32: [3, 10, 3, 1], weight [68, 5, 3, 1], stride (3, 2), padding
-    (3, 1), dilation (3, 2), 2 groups). From one channel and a reordered weight it makes garbage in 16 bits
-    ([1, 1, 6, 1], weight [33, 1, 3, 3], stride (1, 3), padding (2, 1)).
-    """
-    _, channels, *size = weight_size
-    extents = [d * (n - 1) for d, n in zip(geometry.dilation, size, strict=True)]
-    sees_padding_alone = any(p > e for p, e in zip(geometry.padding, extents, strict=True))
-    return sees_padding_alone or (channels == 1 and geometry.groups == 1)
-
-
-def _compute_dtype(folded: Tensor, dtype: torch.dtype, geometry: Geometry) -> torch.dtype:
+def _compute_dtype(folded: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype oneDNN computes in: the model's own where this CPU has it and the folded filters keep their precision.
 
     A float16 filter whose largest element is below 2^-10 loses bits to subnormals, above 2^15 it may overflow.
     """
-    if dtype == torch.float32 or not onednn_runs(dtype) or _onednn_errs(folded.shape, geometry):
+    if dtype == torch.float32 or not onednn_runs(dtype):
         return torch.float32
     if dtype == torch.float16:
         peak = folded.abs().amax((1, 2, 3))
@@ -115,7 +101,7 @@ class FoldedConv:
         """``parameters`` as `fold` takes them; ``dtype`` is that of the activations."""
         weight, bias = fold(*parameters)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
-        dtype = _compute_dtype(weight, dtype, geometry)
+        dtype = _compute_dtype(weight, dtype)
         return cls(bias, dtype, geometry, has_residual, usable)
 
     def tensors(self) -> list[Tensor]:
@@ -128,13 +114,9 @@ class FoldedConv:
         packed = self.packed.get(input_shape)
         if packed is not None:
             return packed
-        stride, _, dilation, groups = self.geometry
-        weight_size = parameters[0].shape
         kernel = choose_conv_on_cpu(
-            input_shape, weight_size, output_size, stride, dilation, groups, self.has_residual, self.dtype
+            input_shape, parameters[0].shape, output_size, *self.geometry, self.has_residual, self.dtype
         )
-        if kernel.name == "onednn" and _onednn_errs(weight_size, self.geometry):
-            kernel = ConvKernel("gemm")
         bias = self.bias.to(self.dtype) if kernel.name == "onednn" else self.bias
         weight = self._weight(kernel, input_shape, parameters)
         packed = self.packed[input_shape] = Packed(kernel, weight, bias, torch.Size(output_size))

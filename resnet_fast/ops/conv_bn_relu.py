@@ -238,7 +238,8 @@ def cpu_kernel(input, weight, stride, padding, dilation, groups: int, has_residu
     """What computes the operator where `choose` says "cpu"."""
     stride, padding, dilation = conv_pairs(stride, padding, dilation)
     size = conv_output_size(input, weight, stride, padding, dilation)
-    return choose_conv_on_cpu(input.shape, weight.shape, size, stride, dilation, groups, has_residual, input.dtype)
+    geometry = (stride, padding, dilation, groups)
+    return choose_conv_on_cpu(input.shape, weight.shape, size, *geometry, has_residual, input.dtype)
 
 
 def kernel_for(

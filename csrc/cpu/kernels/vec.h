@@ -115,8 +115,8 @@ static inline vec relu(vec v) {
 }
 
 // f(i, j) for every element of an array of vectors. By recursion, not by loops: only indices that are constant from the
-// start let the compiler keep the array in registers for good (with unrolled loops GCC 12 zeroed 24 sums in memory
-// first and stored them there again behind the inner loop: a tenth of the time of a tile of depth 128).
+// start let the compiler keep the array in registers for good. With unrolled loops GCC 12 zeroed 24 sums in memory
+// first and stored them there again behind the inner loop; without that, 1x1 layers ran 1.03-1.06 times as fast.
 template <int rows, int columns, int at = 0, typename F>
 static inline __attribute__((always_inline)) void each(const F& f) {
   if constexpr (at < rows * columns) {
