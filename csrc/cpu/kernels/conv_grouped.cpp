@@ -182,6 +182,14 @@ static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixe
 }
 
 // Stores the first `lanes` sums of each pixel, `step` apart.
+// Where a tile's outputs will go: 4 channels a group at 56x56 are 1.3 times as fast, 16 at 14x14 0.98 times (2 Zen 5
+// cores, batch 8).
+static void prefetch_output(const Conv& conv, int64_t pixel, int64_t pixels, int64_t filter, int64_t filters) {
+  const int64_t size = conv.output_type == Storage::f32 ? 4 : 2;
+  const char* out = static_cast<const char*>(conv.output) + (pixel * conv.shape.k + filter) * size;
+  for (int64_t i = 0; i < pixels; ++i) prefetch(out + i * conv.shape.k * size, filters * size);
+}
+
 template <typename T>
 static void finish(const Conv& conv, int64_t pixel, int64_t pixels, int64_t filter, int64_t lanes, const float* sums,
                    int64_t step) {
@@ -272,8 +280,9 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
       for (int64_t q = 0; q < s.q; q += tiling.pixels) {
         float sums[8 * tile_vectors * width];
         tile.input = v / unit.vectors * tile.unit_step + q * s.stride[1] * width;
-        sum(tile, sums);
         const int64_t pixels = s.q - q < tiling.pixels ? s.q - q : tiling.pixels;
+        prefetch_output(conv, (n * s.p + p) * s.q + q, pixels, filter, count * tile.bias_step);
+        sum(tile, sums);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t f = filter + j * tile.bias_step;
           int64_t lanes = unit.filters - (v + j) % unit.vectors * width;

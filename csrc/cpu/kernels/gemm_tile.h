@@ -36,6 +36,12 @@ struct TileOutput {
   bool relu;
 };
 
+template <typename Out>
+static inline void prefetch_residual(const TileOutput& o, int64_t rows) {
+  if (o.residual == nullptr) return;
+  for (int64_t i = 0; i < rows; ++i) prefetch(static_cast<const Out*>(o.residual) + i * o.out_stride, o.columns);
+}
+
 template <typename Out, int rows, int vectors>
 static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
   const Out* residual = static_cast<const Out*>(o.residual);
