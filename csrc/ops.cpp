@@ -103,7 +103,6 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_onednn(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu) -> Tensor");
-  m.def("_pack_few_channels(Tensor weight) -> Tensor");
   m.def(
       "_conv_few_channels(Tensor input, Tensor packed_weight, Tensor bias, int[2] stride, int[2] padding, "
       "int[2] dilation, bool relu) -> Tensor");
@@ -151,7 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_add_relu_cpu", TORCH_BOX(&resnet_fast::add_relu_cpu));
-  m.impl("_pack_few_channels", TORCH_BOX(&resnet_fast::pack_few_channels));
   m.impl("_conv_few_channels", TORCH_BOX(&resnet_fast::conv_few_channels));
   m.impl("_conv_few_channels_max_pool", TORCH_BOX(&resnet_fast::conv_few_channels_max_pool));
   m.impl("_max_pool_cpu", TORCH_BOX(&resnet_fast::max_pool_cpu));

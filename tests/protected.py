@@ -32,7 +32,7 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    import resnet_fast  # noqa: F401  (registers the operators)
+    from resnet_fast.kernels.packing import pack_few_channels  # and registers the operators
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -63,13 +63,14 @@ def main() -> None:
             if dtype == torch.bfloat16 and ops._multiplies_bf16():
                 packed = at_the_end(ops._pack_winograd(weight, 2, True))
                 ops._conv_winograd(x, packed, bias, residual, [1, 1], True)
-                if c % 2 == 0:
-                    packed = at_the_end(ops._pack_gemm(weight, 1, True))
-                    ops._conv_gemm(x, packed, bias, residual, *geometry, 1, True)
-                    packed = at_the_end(ops._pack_gemm(point, 1, True))
-                    ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
+                packed = at_the_end(ops._pack_gemm(weight, 1, True))
+                ops._conv_gemm(x, packed, bias, residual, *geometry, 1, True)
+                packed = at_the_end(ops._pack_gemm(point, 1, True))
+                ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
             if c <= 4:
-                ops._conv_few_channels(x, at_the_end(ops._pack_few_channels(weight)), bias, *geometry, True)
+                for bfloat16 in {False, dtype == torch.bfloat16 and ops._multiplies_bf16()}:
+                    packed = at_the_end(pack_few_channels(weight, [1, 1], bfloat16))
+                    ops._conv_few_channels(x, packed, bias, *geometry, True)
     canary = at_the_end(torch.zeros(4))
     print("read nothing behind the end", flush=True)
     ctypes.string_at(canary.data_ptr(), 17)  # that the pages are protected

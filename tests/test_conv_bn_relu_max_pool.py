@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 import resnet_fast
 from resnet_fast.backends import CPU_LEVELS
+from resnet_fast.kernels.packing import pack_few_channels
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_max_pool, conv_bn_relu_max_pool_ref, max_pool
 from resnet_fast.ops.conv_bn_relu_max_pool import kernel_for
 from resnet_fast.ops.weight_cache import packed_weights
@@ -107,7 +108,7 @@ def test_float64_runs_on_the_reference():
 def test_fused_kernel_reads_and_writes_every_type(dtype):
     """Whatever `choose` sends to it."""
     x = torch.randn(2, 3, 20, 33).to(dtype)
-    packed, bias = torch.ops.resnet_fast._pack_few_channels(torch.randn(37, 3, 5, 5) / 9), torch.randn(37)
+    packed, bias = pack_few_channels(torch.randn(37, 3, 5, 5) / 9, [1, 1], False), torch.randn(37)
     geometry = ([2, 1], [2, 2], [1, 1])
     out = torch.ops.resnet_fast._conv_few_channels_max_pool(x, packed, bias, *geometry, [3, 3], [2, 2], [1, 1])
     apart = torch.ops.resnet_fast._conv_few_channels(x, packed, bias, *geometry, True)

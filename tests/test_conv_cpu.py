@@ -22,6 +22,7 @@ from winograd import LARGEST_ERROR, winograd
 from resnet_fast import choose
 from resnet_fast.backends import CPU_LEVELS, cpu_level
 from resnet_fast.bench import layers
+from resnet_fast.kernels.packing import pack_few_channels
 
 ops = torch.ops.resnet_fast
 TILES = (2, 4, 5)
@@ -238,12 +239,11 @@ def test_kernels_winograd_exact(case):
 
 
 multiplies_bf16 = pytest.mark.skipif(not ops._multiplies_bf16(), reason="this level does not multiply bfloat16")
-EVEN = [name for name in GEMM if tensors(**split(GEMM[name])[0])[1].shape[1] % 2 == 0]
 
 
 @multiplies_bf16
 @pytest.mark.parametrize("integers", (False, True))
-@pytest.mark.parametrize("case", EVEN)
+@pytest.mark.parametrize("case", GEMM)
 def test_kernels_gemm_of_bfloat16(case, integers):
     sizes, geometry = split(GEMM[case])
     x, weight, bias = tensors(**sizes, integers=integers)
@@ -255,7 +255,7 @@ def test_kernels_gemm_of_bfloat16(case, integers):
         for residual in (None, torch.randint(-9, 9, size).bfloat16()):
             out = ops._conv_gemm(x, packed, bias, residual, *geometry.values(), relu)
             exact = reference(*double(x, weight, bias, residual), **geometry, relu=relu)
-            if integers:
+            if integers or not exact.any():
                 assert torch.equal(out, exact.bfloat16())
             else:
                 stock = reference(*to(torch.bfloat16, x, weight, bias, residual), **geometry, relu=relu)
@@ -296,14 +296,74 @@ def test_kernels_of_bfloat16_and_special_values(value):
         assert_same_special_values(out, reference(y.float(), weight, bias))
 
 
+FEW_CHANNELS = {
+    "7x7 stem": dict(c=3, k=64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), h=37, w=70),
+    "one value": dict(c=1, k=1, kernel=(1, 1), padding=(0, 0), h=1, w=1),
+    "2 channels, odd kernel": dict(c=2, k=15, kernel=(2, 5), padding=(1, 4), h=6, w=13),
+    "4 channels, patches": dict(c=4, k=33, kernel=(4, 4), stride=(4, 4), padding=(0, 0), h=30, w=29),
+    "more padding than image": dict(c=3, k=17, kernel=(5, 7), padding=(6, 8), h=2, w=3),
+    "stride beyond the kernel": dict(c=3, k=130, kernel=(2, 3), stride=(5, 4), h=19, w=23),
+    "dilated": dict(c=3, k=16, padding=(2, 3), dilation=(3, 2), h=15, w=14),
+    "dilated columns of one": dict(c=1, k=66, kernel=(3, 1), padding=(1, 0), dilation=(2, 2), h=9, w=40),
+    "no image": dict(c=3, k=16, n=0),
+}
+
+
+def few_channels(x, weight, bias, bfloat16, stride=(1, 1), padding=(1, 1), dilation=(1, 1), relu=True):
+    packed = pack_few_channels(weight.float(), dilation, bfloat16)
+    return ops._conv_few_channels(x, packed, bias, stride, padding, dilation, relu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", FEW_CHANNELS)
+def test_kernels_few_channels(case, integers, dtype):
+    sizes, geometry = split(FEW_CHANNELS[case])
+    x, weight, bias = tensors(**sizes, integers=integers)
+    x, weight = x.to(dtype), weight.to(dtype)
+    exact = reference(*double(x, weight, bias), **geometry)
+    stock = reference(*to(dtype, x, weight, bias), **geometry)
+    for bfloat16 in {False, dtype == torch.bfloat16 and ops._multiplies_bf16()}:
+        for layout in (x, *(LAYOUTS[name](x) for name in ("channels_last", "sliced", "transposed"))):
+            out = few_channels(layout, weight, bias, bfloat16, **geometry)
+            assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+            if integers or not exact.any():
+                assert torch.equal(out, exact.to(dtype))
+            else:
+                assert_accurate(out, exact, [stock])
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("where", ((0, 0, 0, 0), (1, 2, 10, 11), (0, 1, 5, 6)))
+def test_special_values_stay_in_their_window(where, value):
+    """The last value of an odd depth has the next pixel behind it."""
+    x, weight, bias = tensors(c=3, k=17, h=11, w=12)
+    x[where] = value
+    x, weight = x.bfloat16(), weight.bfloat16().float()
+    exact = reference(x.float(), weight, bias)
+    assert_same_special_values(few_channels(x, weight, bias, True), exact)
+    gemm = ops._conv_gemm(x, ops._pack_gemm(weight, 1, True), bias, None, [1, 1], [1, 1], [1, 1], 1, True)
+    assert_same_special_values(gemm, exact)
+
+
+def test_few_channels_are_at_most_four():
+    x, weight, bias = tensors(c=5, k=16)
+    with pytest.raises(RuntimeError, match="at most 4"):
+        few_channels(x, weight, bias, False)
+    with pytest.raises(RuntimeError, match="packed for this input"):
+        few_channels(x[:, :4], weight[:, :3], bias, False)
+
+
 @multiplies_bf16
 def test_kernels_of_bfloat16_refuse_what_they_cannot():
     x, weight, bias = tensors(c=8, k=16)
     geometry = (bias, None, [1, 1], [1, 1], [1, 1], 1, True)
     with pytest.raises(RuntimeError, match="for a bfloat16 input"):
         ops._conv_gemm(x, ops._pack_gemm(weight, 1, True), *geometry)
-    with pytest.raises(RuntimeError, match="must have an even number of channels, got 7"):
-        ops._pack_gemm(weight[:, :7], 1, True)
+    first = x[:, :3], pack_few_channels(weight[:, :3], [1, 1], True)
+    with pytest.raises(RuntimeError, match="for a bfloat16 input"):
+        ops._conv_few_channels(*first, bias, [1, 1], [1, 1], [1, 1], True)
     with pytest.raises(RuntimeError, match="2 pixels wide, got 4"):
         ops._pack_winograd(weight, 4, True)
 

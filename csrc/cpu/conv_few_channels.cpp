@@ -1,6 +1,6 @@
-// The host side of the convolution for a network's first layer, alone or with the max-pooling behind it: packs the
-// weight, splits the output rows over torch's thread pool and copies each input row once into a zero-padded buffer. The
-// loops are in kernels/conv_few_channels.cpp and kernels/max_pool.cpp.
+// The host side of the convolution for a network's first layer, alone or with the max-pooling behind it: splits the
+// output rows over torch's thread pool and copies each input row once into a zero-padded buffer. The loops are in
+// kernels/conv_few_channels.cpp and kernels/max_pool.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -22,47 +22,58 @@ struct PoolBands {};  // rows of the convolution, kept for the pooling
 // The convolution row by row.
 class FewChannels {
  public:
-  FewChannels(const Tensor& input,          // [N, C, H, W], any strides
-              const Tensor& packed_weight,  // from pack_few_channels
-              const Tensor& bias,           // [K], float32
-              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-              const std::vector<int64_t>& dilation, bool relu)
-      : shape(conv_shape(input, bias, packed_weight.size(1), packed_weight.size(2), stride, padding, dilation, 1)),
+  FewChannels(
+      const Tensor& input,          // [N, C, H, W], any strides
+      const Tensor& packed_weight,  // of pack_gemm: [1, K', R, 1, S * C] or, in rows with dilation, [1, K', R, S, C]
+      const Tensor& bias,           // [K], float32
+      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+      bool relu)
+      : shape(conv_shape(input, bias, packed_weight.size(2), kernel_width(input, packed_weight), stride, padding,
+                         dilation, 1)),
         x_(input),
-        type_(storage_of(input.scalar_type())),
-        bias_(packed_weight.size(0) * kernels().conv_block) {
-    const int64_t block = kernels().conv_block;
-    STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == (shape.k + block - 1) / block &&
-                        packed_weight.size(3) == shape.c && packed_weight.size(4) == block,
-                    "packed_weight must come from _pack_few_channels and have the input's channels");
+        bias_(shape.k + kernels().gemm_panel) {
+    const int64_t width = kernels().vector_width;
+    const bool whole_rows = packed_weight.size(3) == 1;
+    const Storage type = storage_of(input.scalar_type()), weight_type = storage_of(packed_weight.scalar_type());
+    STD_TORCH_CHECK(shape.c <= 4 && packed_weight.size(2) * packed_weight.size(3) <= kernels().conv_row_taps,
+                    "a convolution of few channels has at most 4 and a kernel of at most ", kernels().conv_row_taps,
+                    " rows");
+    STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == 1 &&
+                        packed_weight.size(1) == (shape.k + width - 1) / width * width &&
+                        packed_weight.size(4) == shape.c * (whole_rows ? shape.s : 1) &&
+                        (!whole_rows || shape.s == 1 || dilation[1] == 1),
+                    "packed_weight must be packed for this input, bias and dilation");
+    STD_TORCH_CHECK(weight_type == Storage::f32 || (weight_type == type && kernels().multiplies_bf16),
+                    "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
     std::memcpy(bias_.data(), bias.const_data_ptr(), shape.k * sizeof(float));
-    for (int64_t r = 0; r < shape.r; ++r)
-      for (int64_t t = 0; t < shape.s; ++t)
-        for (int64_t c = 0; c < shape.c; ++c) offsets_.push_back((r * shape.c + c) * row_length() + t * dilation[1]);
-    row_.offsets = offsets_.data();
-    row_.pixel_step = stride[1];
-    row_.weight = static_cast<const float*>(packed_weight.const_data_ptr());
-    row_.block_stride = shape.r * shape.s * shape.c * block;
+    pixels_ = {nullptr, type, input.stride(3), input.stride(1), shape.w, shape.c};
+    row_.taps = packed_weight.size(2) * packed_weight.size(3);
+    row_.depth = packed_weight.size(4);
+    row_.pixel_step = stride[1] * shape.c;
+    row_.weight = packed_weight.const_data_ptr();
+    row_.weight_type = weight_type;
     row_.bias = bias_.data();
     row_.pixels = shape.q;
     row_.filters = shape.k;
     row_.relu = relu;
   }
 
-  // The input rows that a thread's last output row has read, [R][C][row_length], kernel row r at r.
+  // The last input rows that a thread has read.
   struct Rows {
-    std::vector<float> values;
-    int64_t n = -1, top = 0, first = 0, last = 0;  // image; where kernel row 0 lies; kernel rows that are there
+    std::vector<float> ring;      // [as many as a kernel meets or skips][row_bytes]
+    std::vector<const void*> at;  // [taps]
+    int64_t n = -1, top = 0;      // image, where the kernel's first row lies
+    int64_t copied = 0;           // rows before this one have been
   };
-  Rows rows() const { return {std::vector<float>(shape.r * row_size())}; }  // zeros: the padding
+  Rows rows() const {  // zeros: the padding
+    return {std::vector<float>(ring_rows() * row_bytes() / sizeof(float)), std::vector<const void*>(row_.taps)};
+  }
 
   // Output row p of image n, [Q][K].
   void row(int64_t n, int64_t p, Rows& rows, Storage type, void* output) const {
     read(n, p * shape.stride[0] - shape.padding[0], rows);
     ConvRow row = row_;
-    row.input = rows.values.data() + rows.first * row_size();
-    row.taps = (rows.last - rows.first) * shape.s * shape.c;
-    row.weight += rows.first * shape.s * shape.c * kernels().conv_block;
+    row.input = rows.at.data();
     row.output = output;
     row.output_type = type;
     kernels().conv_row(row);
@@ -73,60 +84,44 @@ class FewChannels {
   const ConvShape shape;
 
  private:
-  int64_t row_length() const { return shape.w + 2 * shape.padding[1]; }
-
-  int64_t row_size() const { return shape.c * row_length(); }
-
-  // Makes `rows` hold what a kernel reads whose row 0 lies at `top`. Rows that it held for the output row above move:
-  // they are 5 of the 7 of ResNet's stem, which an image in channels_last yields value by value only.
-  void read(int64_t n, int64_t top, Rows& rows) const {
-    const int64_t step = shape.dilation[0], shift = (top - rows.top) / step;
-    // Kernel rows [first, last) meet the image; the others meet padding and add nothing.
-    int64_t first = 0, last = shape.r, kept = 0;
-    while (first < last && top + first * step < 0) ++first;
-    while (last > first && top + (last - 1) * step >= shape.h) --last;
-    if (rows.n == n && top - rows.top == shift * step && shift > 0 && first + shift >= rows.first)
-      kept = std::max<int64_t>(0, std::min(last, rows.last - shift) - first);
-    float* data = rows.values.data();
-    if (kept > 0)
-      std::memmove(data + first * row_size(), data + (first + shift) * row_size(), kept * row_size() * sizeof(float));
-    for (int64_t r = first + kept; r < last; ++r) copy_row(n, top + r * step, data + r * row_size());
-    rows.n = n, rows.top = top, rows.first = first, rows.last = last;
+  static int64_t kernel_width(const Tensor& input, const Tensor& packed_weight) {
+    return packed_weight.size(3) > 1 ? packed_weight.size(3) : packed_weight.size(4) / input.size(1);
   }
 
-  // Row y of image n as [C][row_length] into `out`, whose padding is zero already.
-  void copy_row(int64_t n, int64_t y, float* out) const {
-    const char* data = static_cast<const char*>(x_.const_data_ptr());
-    for (int64_t c = 0; c < shape.c; ++c, out += row_length()) {
-      const int64_t at = n * x_.stride(0) + c * x_.stride(1) + y * x_.stride(2);
-      kernels().widen(data + at * bytes_of(type_), type_, x_.stride(3), shape.w, out + shape.padding[1]);
+  int64_t ring_rows() const { return (shape.r - 1) * shape.dilation[0] + 1; }
+  int64_t row_bytes() const {  // whole floats
+    return ((shape.w + 2 * shape.padding[1]) * shape.c * bytes_of(row_.weight_type) + 3) / 4 * 4;
+  }
+
+  // Makes rows.at show what a kernel meets whose first row lies at `top`.
+  void read(int64_t n, int64_t top, Rows& rows) const {
+    if (rows.n != n || top < rows.top) rows.copied = 0;
+    rows.n = n, rows.top = top;
+    char* ring = reinterpret_cast<char*>(rows.ring.data());
+    const auto slot = [&](int64_t y) { return ring + y % ring_rows() * row_bytes(); };
+    const int64_t value = bytes_of(row_.weight_type), bottom = std::min(top + ring_rows(), shape.h);
+    for (int64_t y = std::max(top, rows.copied); y < bottom; ++y) {
+      PixelRow row = pixels_;
+      row.pixels =
+          static_cast<const char*>(x_.const_data_ptr()) + (n * x_.stride(0) + y * x_.stride(2)) * bytes_of(row.type);
+      kernels().read_pixels(row, row_.weight_type, slot(y) + shape.padding[1] * shape.c * value);
+      rows.copied = y + 1;
+    }
+    const int64_t taps = row_.taps / shape.r;
+    for (int64_t r = 0; r < shape.r; ++r) {
+      const int64_t y = top + r * shape.dilation[0];
+      for (int64_t t = 0; t < taps; ++t)
+        rows.at[r * taps + t] = y >= 0 && y < shape.h ? slot(y) + t * shape.dilation[1] * shape.c * value : nullptr;
     }
   }
 
   const Tensor x_;
-  const Storage type_;
-  std::vector<float> bias_;  // [blocks * conv_block]
-  std::vector<int64_t> offsets_;
+  std::vector<float> bias_;
+  PixelRow pixels_{};
   ConvRow row_{};
 };
 
 }  // namespace
-
-Tensor pack_few_channels(const Tensor& weight) {  // [K, C, R, S]
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
-                  "weight must be [K, C, R, S], float32 and contiguous");
-  const int64_t block = kernels().conv_block, k = weight.size(0), c = weight.size(1),
-                taps = weight.size(2) * weight.size(3);
-  Tensor packed = torch::stable::empty({(k + block - 1) / block, weight.size(2), weight.size(3), c, block});
-  const float* from = static_cast<const float*>(weight.const_data_ptr());
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
-  std::memset(to, 0, packed.numel() * sizeof(float));
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < c; ++j)
-      for (int64_t t = 0; t < taps; ++t)
-        to[((i / block * taps + t) * c + j) * block + i % block] = from[(i * c + j) * taps + t];
-  return packed;
-}
 
 Tensor conv_few_channels(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,

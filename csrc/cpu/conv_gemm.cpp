@@ -23,7 +23,7 @@ constexpr int64_t most_pixels = 120;
 int64_t input_bytes() { return l2_bytes() * 15 / 32; }
 
 // Panels of filters: [groups][padded / panel][R][S][depth / step][panel][step], where a step is one value or, in
-// bfloat16, two.
+// bfloat16, two; the last value of an odd depth is a step of its own.
 template <typename T, int64_t step>
 Tensor pack(const Tensor& weight, int64_t groups, ScalarType dtype) {
   const int64_t filters = weight.size(0) / groups, depth = weight.size(1), taps = weight.size(2) * weight.size(3);
@@ -38,10 +38,12 @@ Tensor pack(const Tensor& weight, int64_t groups, ScalarType dtype) {
     T* out = to + (group * padded + first) * taps * depth;
     for (int64_t j = 0; j < columns; ++j) {
       const float* filter = from + (group * filters + first + j) * depth * taps;
-      for (int64_t k = 0; k < depth; ++k)
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t together = k / step * step + step <= depth ? step : 1;
         for (int64_t t = 0; t < taps; ++t)
-          out[((t * depth + k) / step * columns + j) * step + k % step] =
+          out[(t * depth + k / together * together) * columns + j * together + k % together] =
               first + j < filters ? static_cast<T>(filter[k * taps + t]) : T(0.0f);
+      }
     }
   });
   return packed;
@@ -54,7 +56,6 @@ Tensor pack_gemm(const Tensor& weight, int64_t groups, bool bfloat16) {  // [K, 
   STD_TORCH_CHECK(w.dim() == 4 && w.scalar_type() == ScalarType::Float,
                   "weight must be [K, C / groups, R, S], float32");
   if (!bfloat16) return pack<float, 1>(w, groups, ScalarType::Float);
-  STD_TORCH_CHECK(w.size(1) % 2 == 0, "in bfloat16 a group must have an even number of channels, got ", w.size(1));
   return pack<torch::headeronly::BFloat16, 2>(w, groups, ScalarType::BFloat16);
 }
 

@@ -15,17 +15,23 @@ enum class Storage { f32, bf16, f16 };
 
 // One row of output pixels of a convolution with few input channels; see kernels/conv_few_channels.cpp.
 struct ConvRow {
-  const float* input;      // the input rows that the kernel's rows meet; zeros stand for the padding left and right
-  const int64_t* offsets;  // [taps]: where in `input` the tap of output pixel 0 lies
-  int64_t taps;            // kernel positions times input channels
-  int64_t pixel_step;      // from one output pixel to the next in `input`
-  const float* weight;     // [blocks of filters][tap][conv_block], zeros behind the last filter
-  int64_t block_stride;    // from one block of filters to the next in `weight`
-  const float* bias;       // [filters], zeros up to a multiple of conv_block
-  void* output;            // [pixels][filters]
-  Storage output_type;
+  const void* const* input;  // [taps]: what the kernel's rows meet at output pixel 0; null: padding
+  int64_t taps, depth;       // rows of the kernel, values of one; or positions and channels
+  int64_t pixel_step;        // from one output pixel to the next in `input`
+  const void* weight;        // packed like conv_gemm's, in weight_type; `input` is of the same type
+  const float* bias;         // [filters], zeros behind up to another gemm_panel
+  void* output;              // [pixels][filters]
+  Storage weight_type, output_type;
   int64_t pixels, filters;
   bool relu;
+};
+
+// One row of an image.
+struct PixelRow {
+  const void* pixels;
+  Storage type;
+  int64_t pixel_step, channel_step;
+  int64_t width, channels;  // at most 4 channels
 };
 
 // One row of output pixels of a max-pooling; see kernels/max_pool.cpp.
@@ -67,8 +73,8 @@ struct Conv {
   K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                       \
   K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                       \
   K(void, conv_row, (const ConvRow& row))                                                                              \
-  C(conv_block) /* filters that conv_row computes at a time */                                                         \
-  K(void, widen, (const void* from, Storage type, int64_t step, int64_t n, float* to))                                 \
+  C(conv_row_taps) /* the most that conv_row takes */                                                                  \
+  K(void, read_pixels, (const PixelRow& row, Storage weight_type, void* to))                                           \
   K(void, max_pool_row, (const PoolRow& row))                                                                          \
   K(void, avg_pool,                                                                                                    \
     (const void* map, Storage type, bool channels_last, int64_t pixels, int64_t channels, int64_t channel_begin,       \

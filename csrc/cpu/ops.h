@@ -20,8 +20,8 @@ torch::stable::Tensor conv_onednn(const torch::stable::Tensor& input, const torc
                                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                                   bool relu);
 
-// One to four input channels, no groups.
-torch::stable::Tensor pack_few_channels(const torch::stable::Tensor& weight);
+// One to four input channels, no groups. `packed_weight` is pack_gemm's, of a weight whose columns and channels are one
+// dimension, [K, S * C, R, 1], unless a row of the kernel has dilation.
 torch::stable::Tensor conv_few_channels(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                         const torch::stable::Tensor& bias, std::vector<int64_t> stride,
                                         std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
@@ -34,8 +34,7 @@ torch::stable::Tensor conv_few_channels_max_pool(const torch::stable::Tensor& in
                                                  std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding);
 
 // `weight` is float32. A weight packed in bfloat16 makes the kernel compute products of bfloat16 values, summed in
-// float32, of a bfloat16 input; only for an even number of channels a group, and only levels that multiplies_bf16()
-// take it.
+// float32, of a bfloat16 input; only levels that multiplies_bf16() take it.
 torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups, bool bfloat16);
 bool multiplies_bf16();
 torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,

@@ -80,6 +80,14 @@ def _compute_dtype(folded: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def pack_few_channels(weight: Tensor, dilation: list[int], bfloat16: bool) -> Tensor:
+    """weight [K, C, R, S] for `_conv_few_channels`: what a row of the kernel meets lies side by side in its copy of the
+    input, [S][C], unless the row has dilation."""
+    if dilation[1] == 1:
+        weight = weight.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(3)  # [K, S * C, R, 1]
+    return torch.ops.resnet_fast._pack_gemm(weight, 1, bfloat16)
+
+
 @dataclass
 class FoldedConv:
     """A convolution with BatchNorm folded in, packed for the input shapes it has met.
@@ -141,7 +149,7 @@ class FoldedConv:
             return torch.ops.resnet_fast._pack_grouped(folded, self.geometry.groups)
         if kernel.name == "gemm":
             return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups, kernel.bfloat16)
-        return torch.ops.resnet_fast._pack_few_channels(folded)
+        return pack_few_channels(folded, self.geometry.dilation, kernel.bfloat16)
 
     def _in_onednn_layout(self, folded: Tensor, input_shape: torch.Size) -> Tensor:
         stride, padding, dilation, groups = self.geometry

@@ -21,6 +21,7 @@ namespace level = resnet_fast::RESNET_FAST_LEVEL;
 namespace {
 
 constexpr Storage types[] = {Storage::f32, Storage::bf16, Storage::f16};
+constexpr Storage weight_types[] = {Storage::f32, Storage::bf16};
 const double nan_value = std::numeric_limits<double>::quiet_NaN();
 int failures = 0, checks = 0;
 
@@ -129,7 +130,7 @@ void expect_values(const Values& got, const std::vector<double>& expected, Stora
   expect(true, what, details);
 }
 
-// RMS(error) / RMS(expected) is at most `bound`.
+// RMS(error) / RMS(expected) is at most `bound`; integers that are all zero count as 1.
 void expect_near(const Values& got, const std::vector<double>& expected, double bound, const char* what,
                  const char* details) {
   double error = 0, total = 0;
@@ -138,6 +139,7 @@ void expect_near(const Values& got, const std::vector<double>& expected, double 
     error += difference * difference;
     total += expected[i] * expected[i];
   }
+  total = std::max(total, 1.0);
   char text[400];
   std::snprintf(text, sizeof(text), "%s: relative error %g above %g", details, std::sqrt(error / total), bound);
   expect(std::sqrt(error) <= bound * std::sqrt(total), what, text);
@@ -189,15 +191,16 @@ struct Case {
 
 // A Case as the kernels take it.
 struct Call {
-  Values input, residual, output;
-  std::vector<float> weight, bias, zeros;
+  Values input, residual, output, weight;
+  std::vector<float> bias, zeros;
   Conv conv;
 
-  Call(const Case& c, Storage input_type, Storage output_type, std::vector<float> packed)
+  Call(const Case& c, Storage input_type, Storage output_type, const std::vector<double>& packed,
+       Storage weight_type = Storage::f32)
       : input(input_type, c.input),
         residual(output_type, c.residual),
         output(output_type, int64_t(c.residual.size())),
-        weight(std::move(packed)),
+        weight(weight_type, packed),
         bias(floats(c.bias)),
         zeros(c.shape.c + level::vector_width) {
     bias.resize(c.shape.k + level::gemm_panel);
@@ -210,7 +213,7 @@ struct Call {
     conv.zeros = zeros.data();
     conv.input_type = input_type;
     conv.output_type = output_type;
-    conv.weight_type = Storage::f32;
+    conv.weight_type = weight_type;
     conv.relu = c.relu;
   }
 };
@@ -229,27 +232,41 @@ struct Text {
 
 int64_t padded_filters(int64_t filters) { return ceil_div(filters, level::vector_width) * level::vector_width; }
 
-std::vector<float> pack_gemm(const Case& c) {
-  const ConvShape& s = c.shape;
-  const int64_t depth = s.c / s.groups, filters = s.k / s.groups, taps = s.r * s.s, padded = padded_filters(filters);
-  std::vector<float> packed(s.groups * padded * taps * depth);
-  for (int64_t g = 0; g < s.groups; ++g)
+// Whether kernels take weights of this type with maps of that one, and how many values such a step of the depth has.
+bool takes(Storage weight, Storage map) {
+  return weight == Storage::f32 || (level::multiplies_bf16 && map == Storage::bf16);
+}
+int64_t step_of(Storage weight) { return weight == Storage::f32 ? 1 : 2; }
+
+// `weight` is [groups][filters][depth][taps].
+std::vector<double> pack_gemm(const std::vector<double>& weight, int64_t groups, int64_t filters, int64_t depth,
+                              int64_t taps, Storage type) {
+  const int64_t padded = padded_filters(filters);
+  std::vector<double> packed(groups * padded * taps * depth);
+  for (int64_t g = 0; g < groups; ++g)
     for (int64_t k = 0; k < filters; ++k)
       for (int64_t d = 0; d < depth; ++d)
         for (int64_t t = 0; t < taps; ++t) {
           const int64_t first = k / level::gemm_panel * level::gemm_panel;
           const int64_t columns = std::min(level::gemm_panel, padded - first);
-          packed[(g * padded + first) * taps * depth + (t * depth + d) * columns + k - first] =
-              float(c.weight[((g * filters + k) * depth + d) * taps + t]);
+          const int64_t step = d + step_of(type) - d % step_of(type) <= depth ? step_of(type) : 1;
+          packed[(g * padded + first) * taps * depth + (t * depth + d / step * step) * columns + (k - first) * step +
+                 d % step] = weight[((g * filters + k) * depth + d) * taps + t];
         }
   return packed;
 }
 
-std::vector<float> pack_winograd(const Case& c, int64_t m) {
+std::vector<double> pack_gemm(const Case& c, Storage type) {
+  const ConvShape& s = c.shape;
+  return pack_gemm(c.weight, s.groups, s.k / s.groups, s.c / s.groups, s.r * s.s, type);
+}
+
+std::vector<double> pack_winograd(const Case& c, int64_t m, Storage type) {
   std::vector<double> points{0, 1, -1};
   if (m == 4) points = {0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
   if (m == 5) points = {1.0 / 3, -1.0 / 3, 0.75, -0.75, 2, -2};
-  const int64_t size = m + 2, padded = padded_filters(c.shape.k), channels = c.shape.c;
+  const int64_t size = m + 2, padded = padded_filters(c.shape.k), channels = c.shape.c, step = step_of(type);
+  const int64_t depth = ceil_div(channels, step) * step;
   const auto g = [&](int64_t row, int64_t power) {
     if (row == m + 1) return power == 2 ? 1.0 : 0.0;
     double v = std::pow(points[row], double(power));
@@ -257,7 +274,7 @@ std::vector<float> pack_winograd(const Case& c, int64_t m) {
       if (q != points[row]) v /= points[row] - q;
     return v;
   };
-  std::vector<float> packed(padded * size * size * channels);
+  std::vector<double> packed(padded * size * size * depth);
   for (int64_t k = 0; k < c.shape.k; ++k)
     for (int64_t d = 0; d < channels; ++d)
       for (int64_t i = 0; i < size; ++i)
@@ -267,22 +284,23 @@ std::vector<float> pack_winograd(const Case& c, int64_t m) {
             for (int64_t t = 0; t < 3; ++t) sum += g(i, r) * g(j, t) * c.weight[((k * channels + d) * 3 + r) * 3 + t];
           const int64_t first = k / level::gemm_panel * level::gemm_panel;
           const int64_t columns = std::min(level::gemm_panel, padded - first);
-          packed[first * size * size * channels + ((i * size + j) * channels + d) * columns + k - first] = float(sum);
+          packed[first * size * size * depth + ((i * size + j) * depth + d / step * step) * columns +
+                 (k - first) * step + d % step] = float(sum);
         }
   return packed;
 }
 
-std::vector<float> pack_grouped(const Case& c, const GroupedUnit& unit) {
+std::vector<double> pack_grouped(const Case& c, const GroupedUnit& unit) {
   const ConvShape& s = c.shape;
   const int64_t depth = s.c / s.groups, width = level::vector_width;
-  std::vector<float> packed(unit.units * unit.vectors * s.r * depth * s.s * width);
+  std::vector<double> packed(unit.units * unit.vectors * s.r * depth * s.s * width);
   for (int64_t k = 0; k < s.k; ++k) {
     const int64_t in_unit = k % unit.filters, v = k / unit.filters * unit.vectors + in_unit / width;
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t r = 0; r < s.r; ++r)
         for (int64_t t = 0; t < s.s; ++t)
           packed[(((v * s.r + r) * depth + d) * s.s + t) * width + in_unit % width] =
-              float(c.weight[((k * depth + d) * s.r + r) * s.s + t]);
+              c.weight[((k * depth + d) * s.r + r) * s.s + t];
   }
   return packed;
 }
@@ -311,21 +329,24 @@ void test_gemm() {
   };
   bool flag = false;
   for (const ConvShape& s : shapes)
-    for (const Storage type : types) {
-      const Case c(s, flag = !flag, s.k % 3 != 0);
-      // Maps that a kernel larger than 1x1 reads were widened before.
-      Call call(c, s.r * s.s == 1 ? type : Storage::f32, type, pack_gemm(c));
-      const int64_t pixels = c.shape.n * c.shape.p * c.shape.q, half = ceil_div(pixels, 2);
-      const int64_t filters = s.k / s.groups, middle = std::min(filters, level::gemm_panel);
-      for (int64_t g = 0; g < s.groups; ++g)
-        for (int64_t begin = 0; begin < pixels; begin += half) {
-          const int64_t end = std::min(pixels, begin + half);
-          const auto memory = scratch(level::conv_gemm_scratch(call.conv, end - begin));
-          level::conv_gemm(call.conv, g, begin, end, 0, middle, memory.get());
-          if (middle < filters) level::conv_gemm(call.conv, g, begin, end, middle, filters, memory.get());
-        }
-      expect_values(call.output, c.expected(), type, "conv_gemm", Text(c.shape, type).text);
-    }
+    for (const Storage type : types)
+      for (const Storage weight_type : weight_types) {
+        if (!takes(weight_type, type)) continue;
+        const Case c(s, flag = !flag, s.k % 3 != 0);
+        // Maps that a kernel larger than 1x1 reads in float32 were widened before.
+        const bool as_they_are = s.r * s.s == 1 || weight_type == Storage::bf16;
+        Call call(c, as_they_are ? type : Storage::f32, type, pack_gemm(c, weight_type), weight_type);
+        const int64_t pixels = c.shape.n * c.shape.p * c.shape.q, half = ceil_div(pixels, 2);
+        const int64_t filters = s.k / s.groups, middle = std::min(filters, level::gemm_panel);
+        for (int64_t g = 0; g < s.groups; ++g)
+          for (int64_t begin = 0; begin < pixels; begin += half) {
+            const int64_t end = std::min(pixels, begin + half);
+            const auto memory = scratch(level::conv_gemm_scratch(call.conv, end - begin));
+            level::conv_gemm(call.conv, g, begin, end, 0, middle, memory.get());
+            if (middle < filters) level::conv_gemm(call.conv, g, begin, end, middle, filters, memory.get());
+          }
+        expect_values(call.output, c.expected(), type, "conv_gemm", Text(c.shape, type).text);
+      }
 }
 
 bool run_winograd(Call& call, int64_t m) {
@@ -334,7 +355,7 @@ bool run_winograd(Call& call, int64_t m) {
   bool finite = true;
   for (int64_t begin = 0; begin < tiles; begin += half) {
     const int64_t end = std::min(tiles, begin + half), stride = level::winograd_input_stride(s, end - begin);
-    const auto transformed = scratch(stride * size * sizeof(float));
+    const auto transformed = scratch(stride * size * (call.conv.weight_type == Storage::f32 ? 4 : 2));
     level::winograd_input(call.conv, m, begin, end, transformed.get(), stride);
     const auto products = scratch(level::winograd_output_stride(end - begin) * size * sizeof(float));
     for (int64_t filter = 0; filter < s.k; filter += level::gemm_panel)
@@ -353,23 +374,25 @@ void test_winograd() {
   bool flag = false;
   for (const ConvShape& s : shapes)
     for (const Storage type : types)
-      for (const int64_t m : {2, 4, 5}) {
-        const Case c(s, flag = !flag, s.k % 3 != 0, m == 2 ? 4 : 1);  // G of F(2,3) has quarters
-        Call call(c, type, type, pack_winograd(c, m));
-        const Text text(c.shape, type);
-        expect(run_winograd(call, m), "winograd", text.text);
-        if (m == 2) {
-          expect_values(call.output, c.expected(), type, "winograd F(2,3)", text.text);
-        } else {
-          const double rounding = type == Storage::f32 ? 0 : std::ldexp(1, -precision(type));
-          expect_near(call.output, c.expected(), 5e-6 + rounding, m == 4 ? "winograd F(4,3)" : "winograd F(5,3)",
-                      text.text);
+      for (const int64_t m : {2, 4, 5})
+        for (const Storage weight_type : weight_types) {
+          if (!takes(weight_type, type) || (weight_type == Storage::bf16 && m != 2)) continue;
+          const Case c(s, flag = !flag, s.k % 3 != 0, m == 2 ? 4 : 1);  // G of F(2,3) has quarters
+          Call call(c, type, type, pack_winograd(c, m, weight_type), weight_type);
+          const Text text(c.shape, type);
+          expect(run_winograd(call, m), "winograd", text.text);
+          if (m == 2) {
+            expect_values(call.output, c.expected(), type, "winograd F(2,3)", text.text);
+          } else {
+            const double rounding = type == Storage::f32 ? 0 : std::ldexp(1, -precision(type));
+            expect_near(call.output, c.expected(), 5e-6 + rounding, m == 4 ? "winograd F(4,3)" : "winograd F(5,3)",
+                        text.text);
+          }
         }
-      }
   for (const int64_t m : {2, 4, 5}) {
     Case c(shape(1, 9, 17, 11, 11, 3, 3, 1), true, false);
     c.input[9 * 11 * 11 - 1] = nan_value;
-    Call call(c, Storage::f32, Storage::f32, pack_winograd(c, m));
+    Call call(c, Storage::f32, Storage::f32, pack_winograd(c, m, Storage::f32));
     expect(!run_winograd(call, m), "winograd", "a NaN was not noticed");
   }
 }
@@ -397,62 +420,85 @@ void test_grouped() {
     }
 }
 
-// `widen` and `conv_row`, as conv_few_channels.cpp calls them.
+// The weight as conv_few_channels.cpp takes it: columns and channels of the kernel are one dimension.
+std::vector<double> pack_few_channels(const Case& c, Storage type) {
+  const ConvShape& s = c.shape;
+  std::vector<double> weight;
+  for (int64_t k = 0; k < s.k; ++k)
+    for (int64_t t = 0; t < s.s; ++t)
+      for (int64_t d = 0; d < s.c; ++d)
+        for (int64_t r = 0; r < s.r; ++r) weight.push_back(c.weight[((k * s.c + d) * s.r + r) * s.s + t]);
+  return pack_gemm(weight, 1, s.k, s.s * s.c, s.r, type);
+}
+
+// `read_pixels` and `conv_row`, as conv_few_channels.cpp calls them.
 void test_few_channels() {
   const ConvShape shapes[] = {
       shape(1, 1, 1, 1, 1, 1, 1, 0),    shape(1, 3, 64, 15, 17, 7, 7, 3, 2),  shape(1, 3, 16, 8, 9, 3, 3, 1),
       shape(1, 4, 33, 6, 100, 3, 3, 1), shape(1, 2, 40, 7, 9, 3, 3, 2, 1, 2), shape(1, 3, 7, 5, 13, 5, 5, 2, 3),
+      shape(1, 1, 70, 9, 70, 4, 5, 2),
   };
   bool flag = false;
   for (const ConvShape& given : shapes)
-    for (const Storage type : types) {
-      const Case c(given, flag = !flag, false);
-      const ConvShape& s = c.shape;
-      const int64_t block = level::conv_block, blocks = ceil_div(s.k, block), taps = s.r * s.s * s.c;
-      const int64_t length = s.w + 2 * s.padding[1];
-      std::vector<float> weight(blocks * taps * block), bias(blocks * block);
-      std::vector<int64_t> offsets;
-      for (int64_t r = 0; r < s.r; ++r)
-        for (int64_t t = 0; t < s.s; ++t)
-          for (int64_t d = 0; d < s.c; ++d) {
-            const int64_t tap = int64_t(offsets.size());
-            offsets.push_back((r * s.c + d) * length + t * s.dilation[1]);
-            for (int64_t k = 0; k < s.k; ++k)
-              weight[(k / block * taps + tap) * block + k % block] =
-                  float(c.weight[((k * s.c + d) * s.r + r) * s.s + t]);
+    for (const Storage type : types)
+      for (const Storage weight_type : weight_types) {
+        if (!takes(weight_type, type)) continue;
+        const Case c(given, flag = !flag, false);
+        const ConvShape& s = c.shape;
+        const bool dilated = s.dilation[1] > 1;
+        Values weight(weight_type, dilated ? pack_gemm(c, weight_type) : pack_few_channels(c, weight_type));
+        Values input(type, c.input), output(type, s.p * s.q * s.k);
+        std::vector<float> bias(c.bias.begin(), c.bias.end());
+        bias.resize(s.k + level::gemm_panel);
+        const int64_t bytes = type == Storage::f32 ? 4 : 2, value = weight_type == Storage::f32 ? 4 : 2;
+        const int64_t length = (s.w + 2 * s.padding[1]) * s.c * value, columns = dilated ? s.s : 1;
+        for (int64_t p = 0; p < s.p; ++p) {
+          std::vector<char> rows(s.r * length);
+          std::vector<const void*> taps(s.r * columns);
+          for (int64_t r = 0; r < s.r; ++r) {
+            const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
+            if (y < 0 || y >= s.h) continue;
+            const PixelRow row{static_cast<char*>(input.data()) + y * s.w * s.c * bytes, type, s.c, 1, s.w, s.c};
+            level::read_pixels(row, weight_type, rows.data() + r * length + s.padding[1] * s.c * value);
+            for (int64_t t = 0; t < columns; ++t)
+              taps[r * columns + t] = rows.data() + r * length + t * s.dilation[1] * s.c * value;
           }
-      std::copy(c.bias.begin(), c.bias.end(), bias.begin());
-      Values input(type, c.input), output(type, s.p * s.q * s.k);
-      const int64_t bytes = type == Storage::f32 ? 4 : 2;
-      for (int64_t p = 0; p < s.p; ++p) {
-        std::vector<float> rows(s.r * s.c * length);
-        for (int64_t r = 0; r < s.r; ++r) {
-          const int64_t y = p * s.stride[0] - s.padding[0] + r * s.dilation[0];
-          for (int64_t d = 0; y >= 0 && y < s.h && d < s.c; ++d)
-            level::widen(static_cast<char*>(input.data()) + (y * s.w * s.c + d) * bytes, type, s.c, s.w,
-                         rows.data() + (r * s.c + d) * length + s.padding[1]);
+          ConvRow row{};
+          row.input = taps.data();
+          row.taps = s.r * columns;
+          row.depth = s.s * s.c / columns;
+          row.pixel_step = s.stride[1] * s.c;
+          row.weight = weight.data();
+          row.bias = bias.data();
+          row.output = static_cast<char*>(output.data()) + p * s.q * s.k * bytes;
+          row.weight_type = weight_type;
+          row.output_type = type;
+          row.pixels = s.q;
+          row.filters = s.k;
+          row.relu = c.relu;
+          level::conv_row(row);
         }
-        ConvRow row{rows.data(),   offsets.data(),
-                    taps,          s.stride[1],
-                    weight.data(), taps * block,
-                    bias.data(),   static_cast<char*>(output.data()) + p * s.q * s.k * bytes,
-                    type,          s.q,
-                    s.k,           c.relu};
-        level::conv_row(row);
+        expect_values(output, c.expected(), type, "conv_row", Text(s, type).text);
       }
-      expect_values(output, c.expected(), type, "conv_row", Text(s, type).text);
-    }
 }
 
-void test_widen() {
+// Pixels in channels_last, in planes, and neither.
+void test_read_pixels() {
   for (const Storage type : types)
-    for (const int64_t n : {1, 3, 16, 37}) {
-      std::vector<double> from = integers(n);
-      from[0] = nan_value;
-      Values values(type, from), wide(Storage::f32, n);
-      level::widen(values.data(), type, 1, n, static_cast<float*>(wide.data()));
-      expect_values(wide, from, Storage::f32, "widen", name_of(type));
-    }
+    for (const Storage to : weight_types)
+      for (const int64_t width : {1, 3, 64, 133})
+        for (const int64_t channels : {1, 2, 3, 4})
+          for (const int64_t layout : {0, 1, 2}) {
+            if (!takes(to, type)) continue;
+            const int64_t pixel_step = layout == 0 ? channels : layout, channel_step = layout == 0 ? 1 : 2 * width;
+            std::vector<double> from = integers(2 * width * channels), expected;
+            from[0] = nan_value;
+            for (int64_t x = 0; x < width; ++x)
+              for (int64_t c = 0; c < channels; ++c) expected.push_back(from[x * pixel_step + c * channel_step]);
+            Values values(type, from), pixels(to, width * channels);
+            level::read_pixels({values.data(), type, pixel_step, channel_step, width, channels}, to, pixels.data());
+            expect_values(pixels, expected, to, "read_pixels", name_of(type));
+          }
 }
 
 void test_max_pool() {
@@ -545,7 +591,7 @@ int main() {
   test_winograd();
   test_grouped();
   test_few_channels();
-  test_widen();
+  test_read_pixels();
   test_max_pool();
   test_avg_pool();
   test_add_relu();

@@ -1,96 +1,103 @@
-// Direct convolution for a network's first layer: one to four input channels, computed in float32. Compiled once per
-// level (levels.h).
+// Direct convolution for a network's first layer: one to four input channels. Compiled once per level (levels.h).
 //
-// A tile of `pixels_per_tile` output pixels and two vectors of filters stays in registers while all taps (kernel
-// positions times channels) pass by: per tap two weight loads and one broadcast per pixel feed twice as many FMAs.
-// oneDNN vectorises over input channels as well, of which there are 3 here. Input and output layouts differ anyway (the
-// image may be NCHW, the map is NHWC), so the caller copies each input row once and this kernel only sees that copy.
+// The caller copies each input row once, channel by channel within a pixel and with the padding around. What a row of
+// the kernel meets lies side by side there, so it is one long product with the filters, of 7 * 3 values for ResNet's
+// stem, and the tiles of conv_gemm.cpp compute it. (oneDNN vectorises over input channels, of which there are 3 here.)
 #include "../levels.h"
-#include "vec.h"
+#include "gemm_tile.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
-#if defined(__AVX512F__)
-constexpr int pixels_per_tile = 12;  // 24 sums + 2 weights + 1 input of 32 registers
-#else
-constexpr int pixels_per_tile = 6;  // 12 + 2 + 1 of 16
-#endif
+constexpr int64_t most_taps = 256;
 
-// `pixels` output pixels from `pixel` on, filters [filter, filter + 2 * width).
-template <int pixels, typename T>
-static __attribute__((flatten)) void tile(const ConvRow& row, int64_t pixel, int64_t filter) {
-  const float* x = row.input + pixel * row.pixel_step;
-  const float* w = row.weight + filter / (2 * width) * row.block_stride;
-  vec sum[pixels][2];
-  each<pixels, 2>([&](int i, int j) { sum[i][j] = load(row.bias + filter + j * width); });
-  for (int64_t t = 0; t < row.taps; ++t, w += 2 * width) {
-    const float* xt = x + row.offsets[t];
-    const vec w0 = load(w), w1 = load(w + width);
-    each<pixels, 1>([&](int i, int) {
-      const vec xi = broadcast(xt[i * row.pixel_step]);
-      sum[i][0] += xi * w0;
-      sum[i][1] += xi * w1;
-    });
+// Tiles whose input (8 KiB for the 7x7 stem) and one panel of filters (9 KiB with AVX2) fit into the L1 cache, also
+// where two hyperthreads share it.
+constexpr int64_t tiles_at_a_time = 8;
+
+template <typename Out, typename In>
+static void conv_row_of(const ConvRow& row) {
+  const In* at[most_taps * tile_rows];  // of the first tile; the others lie behind it
+  for (int64_t t = 0; t < row.taps; ++t) {
+    const In* tap = static_cast<const In*>(row.input[t]);
+    for (int64_t i = 0; i < tile_rows; ++i) at[t * tile_rows + i] = tap == nullptr ? tap : tap + i * row.pixel_step;
   }
-  if (row.relu) each<pixels, 2>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
-  const int64_t left = row.filters - filter;
-  T* out = static_cast<T*>(row.output) + pixel * row.filters + filter;
-  each<pixels, 2>([&](int i, int j) {
-    T* to = out + i * row.filters + j * width;
-    if (left >= (j + 1) * width) {
-      store_rounded(to, sum[i][j]);
-    } else if (left > j * width) {
-      store_part(to, sum[i][j], left - j * width);
-    }
-  });
-}
-
-// Pixels whose input (8 KiB for the 7x7 stem) and one block of filters (9 KiB) fit into the L1 cache, also where two
-// hyperthreads share it.
-constexpr int64_t chunk = 48;
-
-template <typename T>
-static void conv_row_into(const ConvRow& row) {
-  for (int64_t start = 0; start < row.pixels; start += chunk) {
-    const int64_t end = start + chunk < row.pixels ? start + chunk : row.pixels;
-    for (int64_t filter = 0; filter < row.filters; filter += 2 * width) {
-      int64_t pixel = start;
-      for (; pixel + pixels_per_tile <= end; pixel += pixels_per_tile) tile<pixels_per_tile, T>(row, pixel, filter);
-      if (pixel == end) continue;
-      if (end >= pixels_per_tile) {  // the last tile overlaps the one before and computes the same values again
-        tile<pixels_per_tile, T>(row, end - pixels_per_tile, filter);
-      } else {
-        for (; pixel < end; ++pixel) tile<1, T>(row, pixel, filter);
+  const int64_t tiles = tiles_of(row.pixels);
+  for (int64_t first = 0; first < tiles; first += tiles_at_a_time) {
+    const int64_t last = first + tiles_at_a_time < tiles ? first + tiles_at_a_time : tiles;
+    for (int64_t filter = 0; filter < row.filters; filter += panel_width) {
+      const int64_t vectors = vectors_of_panel(row.filters, filter), left = row.filters - filter;
+      const int64_t columns = left < vectors * width ? left : vectors * width;
+      const In* panel = static_cast<const In*>(row.weight) + filter * row.taps * row.depth;
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t pixel = row.pixels * tile / tiles, rows = row.pixels * (tile + 1) / tiles - pixel;
+        Out* out = static_cast<Out*>(row.output) + pixel * row.filters + filter;
+        const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu};
+        GemmTiles<In, Out>::of[vectors - 1][rows - 1](at, row.taps, pixel * row.pixel_step, row.depth, panel, o);
       }
     }
   }
 }
 
+template <typename In>
+static void conv_row_of(const ConvRow& row) {
+  if (row.output_type == Storage::f32) return conv_row_of<float, In>(row);
+  if (row.output_type == Storage::bf16) return conv_row_of<bf16, In>(row);
+  conv_row_of<f16, In>(row);
+}
+
 void conv_row(const ConvRow& row) {
-  if (row.output_type == Storage::f32) return conv_row_into<float>(row);
-  if (row.output_type == Storage::bf16) return conv_row_into<bf16>(row);
-  conv_row_into<f16>(row);
+#if defined(__AVX512BF16__)
+  if (row.weight_type == Storage::bf16) return conv_row_of<bf16>(row);
+#endif
+  conv_row_of<float>(row);
 }
 
-static inline float widened(float x) { return x; }
-static inline float widened(bf16 x) { return bf16_to_float(x.bits); }
-static inline float widened(f16 x) { return load_part(&x, 1)[0]; }
+static inline void convert(float from, float* to) { *to = from; }
+static inline void convert(bf16 from, float* to) { *to = bf16_to_float(from.bits); }
+static inline void convert(f16 from, float* to) { *to = load_part(&from, 1)[0]; }
+static inline void convert(bf16 from, bf16* to) { *to = from; }
 
-template <typename T>
-static void widen_values(const T* from, int64_t step, int64_t n, float* to) {
+template <typename T, typename To>
+static void convert(const T* from, int64_t step, int64_t n, To* to) {
   int64_t i = 0;
-  if (step == 1)
-    for (; i + width <= n; i += width) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = widened(from[i * step]);
+  if constexpr (sizeof(To) == sizeof(float)) {
+    if (step == 1)
+      for (; i + width <= n; i += width) store(to + i, load(from + i));
+  }
+  for (; i < n; ++i) convert(from[i * step], to + i);
 }
 
-// n values of any type, `step` apart, as float32.
-void widen(const void* from, Storage type, int64_t step, int64_t n, float* to) {
-  if (type == Storage::f32) return widen_values(static_cast<const float*>(from), step, n, to);
-  if (type == Storage::bf16) return widen_values(static_cast<const bf16*>(from), step, n, to);
-  widen_values(static_cast<const f16*>(from), step, n, to);
+template <int channels, typename To>
+static void interleave(const To (*planes)[64], int64_t pixels, To* to) {
+  for (int64_t x = 0; x < pixels; ++x)
+    for (int64_t c = 0; c < channels; ++c) to[x * channels + c] = planes[c][x];
 }
 
-extern const int64_t conv_block = 2 * width;
+template <typename T, typename To>
+static void read_pixels_as(const PixelRow& row, To* to) {
+  const T* from = static_cast<const T*>(row.pixels);
+  if (row.channel_step == 1 && row.pixel_step == row.channels) return convert(from, 1, row.width * row.channels, to);
+  To planes[4][64];
+  for (int64_t x = 0, n; x < row.width; x += n, to += n * row.channels) {
+    n = row.width - x < 64 ? row.width - x : 64;
+    for (int64_t c = 0; c < row.channels; ++c)
+      convert(from + x * row.pixel_step + c * row.channel_step, row.pixel_step, n, planes[c]);
+    if (row.channels == 1) interleave<1>(planes, n, to);
+    if (row.channels == 2) interleave<2>(planes, n, to);
+    if (row.channels == 3) interleave<3>(planes, n, to);
+    if (row.channels == 4) interleave<4>(planes, n, to);
+  }
+}
+
+// [width][channels] into `to`: of the same type for bf16 weights, else of float.
+void read_pixels(const PixelRow& row, Storage weight_type, void* to) {
+  if (weight_type == Storage::bf16) return read_pixels_as<bf16>(row, static_cast<bf16*>(to));
+  float* out = static_cast<float*>(to);
+  if (row.type == Storage::f32) return read_pixels_as<float>(row, out);
+  if (row.type == Storage::bf16) return read_pixels_as<bf16>(row, out);
+  read_pixels_as<f16>(row, out);
+}
+
+extern const int64_t conv_row_taps = most_taps;
 
 }  // namespace resnet_fast::RESNET_FAST_LEVEL

@@ -58,15 +58,21 @@ static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
   each<rows, vectors>([&](int i, int j) { store(values + (i * vectors + j) * width, sum[i][j]); });
   for (int i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < o.columns; j += width) {
-      const int64_t left = o.columns - j < width ? o.columns - j : width, at = i * o.out_stride + j;
+      const int64_t left = o.columns - j, at = i * o.out_stride + j;
       vec v = load(values + i * vectors * width + j);
-      if (residual) v += load_part(residual + at, left);
-      store_part(out + at, o.relu ? relu(v) : v, left);
+      if (left >= width) {
+        if (residual) v += load(residual + at);
+        store_rounded(out + at, o.relu ? relu(v) : v);
+      } else {
+        if (residual) v += load_part(residual + at, left);
+        store_part(out + at, o.relu ? relu(v) : v, left);
+      }
     }
   }
 }
 
-// A step of the depth takes a float of a row and of every filter, or a pair of bf16 values.
+// A step of the depth takes a float of a row and of every filter, or a pair of bf16 values (the last one of an odd
+// depth alone).
 template <typename In>
 constexpr int64_t per_step = sizeof(float) / sizeof(In);
 
@@ -94,8 +100,8 @@ static inline vec multiply_add(const bf16*, vec row, vec panel, vec sum) {
 template <int rows, int vectors, typename In, typename Out>
 static __attribute__((flatten)) void gemm_tile(const In* const* row,  // [taps][tile_rows]; row[tap][0] null: zeros
                                                int64_t taps,
-                                               int64_t offset,   // into every row
-                                               int64_t depth,    // a multiple of per_step
+                                               int64_t offset,  // into every row
+                                               int64_t depth,
                                                const In* panel,  // [taps][depth / per_step][vectors * width][per_step]
                                                const TileOutput& o) {
   constexpr int64_t step = per_step<In>, step_size = step * vectors * width;
@@ -108,7 +114,8 @@ static __attribute__((flatten)) void gemm_tile(const In* const* row,  // [taps][
     }
     const In* a[rows];
     each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
-    for (int64_t k = 0; k < depth; k += step, panel += step_size) {
+    int64_t k = 0;
+    for (; k + step <= depth; k += step, panel += step_size) {
       __builtin_prefetch(panel + prefetch_steps * step_size);
       vec b[vectors], x;
       each<vectors, 1>([&](int j, int) { b[j] = panel_step(panel + j * width * step); });
@@ -116,6 +123,12 @@ static __attribute__((flatten)) void gemm_tile(const In* const* row,  // [taps][
         if (j == 0) x = row_step(a[i] + k);
         sum[i][j] = multiply_add(panel, x, b[j], sum[i][j]);
       });
+    }
+    if constexpr (step > 1) {
+      if (k == depth) continue;
+      each<rows, vectors>(
+          [&](int i, int j) { sum[i][j] += broadcast(bf16_to_float(a[i][k].bits)) * load(panel + j * width); });
+      panel += vectors * width;
     }
   }
   store_tile<Out>(sum, o);

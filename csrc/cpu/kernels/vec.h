@@ -101,6 +101,17 @@ static inline void store_part(T* p, vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = values[i];
 }
 
+#if defined(__AVX512F__)
+static inline vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+static inline void store_part(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+static inline void store_part(bf16* p, vec v, int64_t n) {
+  bf16 values[width];
+  store(values, v);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
+}
+#endif
+
 // Asks for n values in the L1 cache. Kernels walk over maps in too many short runs at once for the hardware to foresee
 // what comes next; maps of megabytes come from the L3 cache or memory.
 template <typename T>
