@@ -117,6 +117,7 @@ static inline void store_part(bf16* p, vec v, int64_t n) {
 template <typename T>
 static inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+  asm volatile("");  // without it GCC 12 takes this for a function without effects and drops its calls
 }
 
 static inline vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for every x
