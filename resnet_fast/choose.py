@@ -237,7 +237,7 @@ def choose_conv_on_cpu(
     if not has_residual and has_few_channels(weight_size, groups):
         return ConvKernel("few channels", bfloat16=in_bfloat16)
     if groups > 1:
-        fast = not in_16_bit and _is_fast_grouped(weight_size, stride, dilation, groups)
+        fast = _is_fast_grouped(weight_size, stride, dilation, groups, in_16_bit)
         return ConvKernel("grouped") if fast else onednn
     if min(c, k) < _vector_width():
         return onednn
@@ -292,7 +292,13 @@ def has_few_channels(weight_size: Sequence[int], groups: int) -> bool:
 _MOST_GROUPED_CHANNELS = {"avx2": 8, "avx512": 32}
 
 
-def _is_fast_grouped(weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+# The same with stride 1 where oneDNN computes in 16 bits, which ours does not.
+_MOST_GROUPED_CHANNELS_IN_16_BIT = 6
+
+
+def _is_fast_grouped(
+    weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, onednn_in_16_bit: bool
+) -> bool:
     """Whether csrc/cpu/kernels/conv_grouped.cpp, which takes every convolution, is faster than oneDNN on this one.
 
     weight_size [K, C / groups, R, S]. Measured on 2 Zen 5 cores in float32, times as fast as oneDNN's fused convolution
@@ -302,11 +308,16 @@ def _is_fast_grouped(weight_size: Sequence[int], stride: Sequence[int], dilation
     16 1.5 (1.3), 24 1.0 (1.2), 32 0.99 (1.14). Rows that fit no tile lose (13 pixels, 16 channels: 0.93 (1.2)).
     AVX2: 2 4.9, 3 2.0, 4 1.9 (2.1), 5 1.1, 8 1.1-1.4 (1.1-1.6), but 12 0.94, 16 0.82-0.93, 32 0.83.
     Depthwise 0.5-0.8 at both: a value is used too seldom to pay for its copy.
+    AVX-512 against bfloat16, stride 1: 2 3.9 (3.7), 3 3.0 (2.5), 4 1.5 (1.6), 6 1.2 (1.2), but 8 0.8-0.9 (1.0), 16 0.6;
+    stride 2: 8 0.6-1.4 (0.85), 16 0.7 (0.9).
     """
     k, c, r, s = weight_size
     if r != 3 or s != 3 or k != c * groups or max(stride) > 2 or max(dilation) > 1:
         return False
-    return 2 <= c <= _MOST_GROUPED_CHANNELS.get(cpu_level().partition("_")[0], 0)  # avx512_bf16 is avx512 here
+    most = _MOST_GROUPED_CHANNELS.get(cpu_level().partition("_")[0], 0)  # avx512_bf16 is avx512 here
+    if onednn_in_16_bit:
+        most = min(most, _MOST_GROUPED_CHANNELS_IN_16_BIT) if max(stride) == 1 else 0
+    return 2 <= c <= most
 
 
 @cache

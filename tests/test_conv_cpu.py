@@ -465,6 +465,22 @@ def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
     assert {chosen(4, **other) for other in others} == {"onednn"}
 
 
+def test_groups_that_win_in_16_bits(monkeypatch):
+    """Ours computes in float32, oneDNN in bfloat16 where the CPU does."""
+    monkeypatch.setattr(choose, "cpu_level", lambda: "avx512_bf16")
+    monkeypatch.setattr(choose, "onednn_runs", lambda dtype: dtype != torch.float16)
+    monkeypatch.setattr(choose, "_multiplies_bfloat16", lambda: True)
+
+    def chosen(c, stride, dtype):
+        sizes = ((1, 32 * c, 14, 14), (32 * c, c, 3, 3), (1, 32 * c, 14, 14))
+        return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [1, 1], 32, False, dtype).name
+
+    for c in (1, 2, 4, 6, 7, 32, 33):
+        assert chosen(c, 1, torch.bfloat16) == ("grouped" if 2 <= c <= 6 else "onednn")
+        assert chosen(c, 2, torch.bfloat16) == "onednn"
+        assert chosen(c, 2, torch.float16) == ("grouped" if 2 <= c <= 32 else "onednn")
+
+
 def test_what_onednn_errs_on_runs_in_our_kernels():
     """Outputs that see padding alone; in 16 bits, one channel."""
 
