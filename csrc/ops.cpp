@@ -120,6 +120,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu) -> Tensor");
   m.def(
+      "_conv_depthwise(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def(
       "_conv_grouped(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu) -> Tensor");
   m.def(
@@ -158,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_pack_grouped", TORCH_BOX(&resnet_fast::pack_grouped));
   m.impl("_pack_winograd", TORCH_BOX(&resnet_fast::pack_winograd));
   m.impl("_conv_gemm", TORCH_BOX(&resnet_fast::conv_gemm));
+  m.impl("_conv_depthwise", TORCH_BOX(&resnet_fast::conv_depthwise));
   m.impl("_conv_grouped", TORCH_BOX(&resnet_fast::conv_grouped));
   m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));

@@ -161,8 +161,9 @@ def choose_for_large(elements: int) -> str:
 class ConvKernel:
     """Which kernel computes a convolution on the CPU.
 
-    ``name`` is "few channels", "gemm", "grouped", "winograd" (C++, csrc/cpu/) or "onednn"; ``tile`` is the width of
-    Winograd's output tiles. ``bfloat16``: ours multiplies pairs of bfloat16 values; else it computes in float32.
+    ``name`` is "depthwise", "few channels", "gemm", "grouped", "winograd" (C++, csrc/cpu/) or "onednn"; ``tile`` is the
+    width of Winograd's output tiles. ``bfloat16``: ours multiplies pairs of bfloat16 values; else it computes in
+    float32.
     """
 
     name: str
@@ -175,6 +176,7 @@ class ConvKernel:
             "gemm": "GEMM",
             "few channels": "direct, few channels",
             "grouped": "direct, groups",
+            "depthwise": "direct, depthwise",
         }
         name = f"Winograd F({self.tile},3)" if self.tile else words[self.name]
         return f"{name} of bfloat16" if self.bfloat16 else name
@@ -236,6 +238,9 @@ def choose_conv_on_cpu(
         return onednn  # ours compute in float32
     if not has_residual and has_few_channels(weight_size, groups):
         return ConvKernel("few channels", bfloat16=in_bfloat16)
+    if c == 1 < groups == k:
+        fast = _is_fast_depthwise(weight_size, output_size, stride, dilation, in_16_bit)
+        return ConvKernel("depthwise") if fast else onednn
     if groups > 1:
         fast = _is_fast_grouped(weight_size, stride, dilation, groups, in_16_bit)
         return ConvKernel("grouped") if fast else onednn
@@ -288,6 +293,27 @@ def has_few_channels(weight_size: Sequence[int], groups: int) -> bool:
     return c <= 4 and k >= 8 and max(r, s) <= 16 and groups == 1
 
 
+def _is_fast_depthwise(
+    weight_size: Sequence[int],
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    onednn_in_16_bit: bool,
+) -> bool:
+    """Whether csrc/cpu/kernels/conv_depthwise.cpp, which takes every kernel size, is faster than oneDNN on this one.
+
+    weight_size [K, 1, R, S], output_size [N, K, P, Q]. Measured on 2 Zen 5 cores, times as fast as oneDNN's fused
+    convolution at batch 1 (8), 3x3, by the side of the output: float32 with AVX-512 112 1.1 (0.94), 56 1.2-1.5
+    (0.9-1.2), 28 1.7 (1.04), 14 1.9 (1.08), 7 1.8-2.6 (1.1-1.4); with AVX2 112 1.4 (0.9), 56 1.2-1.7 (0.6-1.3), 28 1.9
+    (1.4), 7 1.8-2.4 (1.1-1.7); portable 0.9-1.8 (0.7-1.2). Against bfloat16 112 0.9 (0.6), 56 1.0-1.2 (0.5-0.7), 28
+    1.4 (0.7), 14 1.7 (0.8), 7 2.0-2.4 (1.1). 5x5 1.0 (0.8), 7x7 0.7-1.1 (0.6-0.8) with AVX-512.
+    """
+    n, _, p, q = output_size
+    if tuple(weight_size[2:]) != (3, 3) or max(stride) > 2 or max(dilation) > 1:
+        return False
+    return n * p * q <= (28**2 if onednn_in_16_bit else 112**2)
+
+
 # Channels of a group up to which our kernel is the faster one; levels that are not here were not measured.
 _MOST_GROUPED_CHANNELS = {"avx2": 8, "avx512": 32}
 
@@ -307,7 +333,6 @@ def _is_fast_grouped(
     24 1.06 (1.2), 32 1.04-1.1 (1.02-1.2), but 48 0.87, 64 0.97; stride 2: 6 1.1 (1.4), 8 1.1-2.1 (1.6-1.9),
     16 1.5 (1.3), 24 1.0 (1.2), 32 0.99 (1.14). Rows that fit no tile lose (13 pixels, 16 channels: 0.93 (1.2)).
     AVX2: 2 4.9, 3 2.0, 4 1.9 (2.1), 5 1.1, 8 1.1-1.4 (1.1-1.6), but 12 0.94, 16 0.82-0.93, 32 0.83.
-    Depthwise 0.5-0.8 at both: a value is used too seldom to pay for its copy.
     AVX-512 against bfloat16, stride 1: 2 3.9 (3.7), 3 3.0 (2.5), 4 1.5 (1.6), 6 1.2 (1.2), but 8 0.8-0.9 (1.0), 16 0.6;
     stride 2: 8 0.6-1.4 (0.85), 16 0.7 (0.9).
     """

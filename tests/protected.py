@@ -57,6 +57,8 @@ def main() -> None:
                 packed, filters = at_the_end(ops._pack_grouped(in_groups, groups)), in_groups.shape[0]
                 added = residual if groups == 1 else x
                 ops._conv_grouped(x, packed, at_the_end(torch.randn(filters)), added, *geometry, groups, True)
+            depthwise = at_the_end(torch.randn(3, 3, c))
+            ops._conv_depthwise(x, depthwise, at_the_end(torch.randn(c)), x, *geometry, True)
             for tile in (2, 4, 5):
                 packed = at_the_end(ops._pack_winograd(weight, tile))
                 ops._conv_winograd(x, packed, bias, residual, [1, 1], True)

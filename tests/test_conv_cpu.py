@@ -55,6 +55,12 @@ def grouped(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilat
     return ops._conv_grouped(x, packed, bias, residual, stride, padding, dilation, groups, relu)
 
 
+def depthwise(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True):
+    assert len(weight) == groups
+    packed = weight.squeeze(1).permute(1, 2, 0).contiguous()
+    return ops._conv_depthwise(x, packed, bias, residual, stride, padding, dilation, relu)
+
+
 def fast(x, weight, bias, tile, residual=None, padding=(1, 1), relu=True):
     return ops._conv_winograd(x, ops._pack_winograd(weight, tile), bias, residual, padding, relu)
 
@@ -116,7 +122,7 @@ def check_direct(convolution, case, integers, dtype):
             how = dict(**geometry, relu=relu)
             out = convolution(x.to(dtype), weight, bias, *to(dtype, residual), **how)
             exact = reference(*double(x, weight, bias, residual), **how)
-            if integers or exact.abs().max() == 0:
+            if integers or not exact.any():
                 assert torch.equal(out, exact.to(dtype))
             else:
                 assert_accurate(out, exact, [reference(*to(dtype, x, weight, bias, residual), **how)])
@@ -174,6 +180,44 @@ def test_kernels_grouped(case, integers, dtype):
     check_direct(grouped, GROUPED[case], integers, dtype)
 
 
+# Channels around the vectors of 4, 8 and 16 floats; rows of pixels around tiles of 4, 7 and 8; kernels that are taken by
+# rows and by positions.
+DEPTHWISE = {f"{c} channels": dict(c=c) for c in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64)}
+DEPTHWISE |= {f"rows of {w}": dict(c=20, h=3, w=w) for w in (1, 2, 3, 4, 6, 8, 9, 11, 15, 16, 17, 28, 33)}
+DEPTHWISE |= {f"stride 2, rows of {w}": dict(c=20, stride=(2, 2), w=w) for w in (1, 2, 7, 13, 14, 15, 32, 57)}
+DEPTHWISE |= {
+    "one of everything": dict(n=1, c=1, h=1, w=1),
+    "no image": dict(c=16, n=0),
+    "padding only": dict(c=8, h=1, w=1, padding=(4, 4)),
+    "padding over the kernel": dict(c=16, h=2, w=3, padding=(5, 6)),
+    "no padding": dict(c=16, padding=(0, 0)),
+    "1x1": dict(c=17, kernel=(1, 1), padding=(0, 0)),
+    "5x5": dict(c=17, kernel=(5, 5), padding=(2, 2), h=12, w=29),
+    "7x7 stride 2": dict(c=16, kernel=(7, 7), padding=(3, 3), stride=(2, 2), h=12, w=35),
+    "5x3": dict(c=24, kernel=(5, 3), padding=(2, 1)),
+    "2x4": dict(c=24, kernel=(2, 4), padding=(0, 2), w=23),
+    "stride 3": dict(c=16, stride=(3, 3), h=12, w=29),
+    "unequal": dict(c=16, stride=(2, 1), padding=(0, 2), dilation=(1, 3), h=12, w=31),
+    "dilated rows only": dict(c=16, dilation=(2, 1), padding=(2, 1), w=20),
+    "many blocks": dict(n=1, c=256, h=15, w=56),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_kernels_depthwise(case, integers, dtype):
+    c = DEPTHWISE[case]["c"]
+    check_direct(depthwise, DEPTHWISE[case] | dict(k=c, groups=c), integers, dtype)
+
+
+def test_depthwise_weight_of_another_convolution_is_refused():
+    x, _, bias = tensors(c=8, k=8, groups=8)
+    for packed in (torch.ones(3, 3, 7), torch.ones(3, 3, 8, 1), torch.ones(3, 8, 3).mT, torch.ones(3, 3, 8).double()):
+        with pytest.raises(RuntimeError, match=r"packed_weight must be|float32, bfloat16 or float16"):
+            ops._conv_depthwise(x, packed, bias, None, [1, 1], [1, 1], [1, 1], True)
+
+
 @pytest.mark.parametrize("depth", (1, 3, 4, 16, 24))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 def test_kernels_grouped_special_values(value, depth):
@@ -187,6 +231,20 @@ def test_kernels_grouped_special_values(value, depth):
         residual = torch.zeros_like(x)
         residual[at] = value
         out = grouped(x, weight, bias, residual, **how)
+        assert_same_special_values(out, reference(x, weight, bias, residual, **how))
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_kernels_depthwise_special_values(value):
+    x, weight, bias = tensors(c=19, k=19, groups=19, w=17)
+    how = dict(groups=19)
+    for at in ((0, 0, 0, 0), (1, 18, 8, 16), (0, 7, 4, 8)):
+        y = x.clone()
+        y[at] = value
+        assert_same_special_values(depthwise(y, weight, bias, **how), reference(y, weight, bias, **how))
+        residual = torch.zeros_like(x)
+        residual[at] = value
+        out = depthwise(x, weight, bias, residual, **how)
         assert_same_special_values(out, reference(x, weight, bias, residual, **how))
 
 
@@ -460,7 +518,8 @@ def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
         return choose.choose_conv_on_cpu(*sizes, *pairs, groups, False, torch.float32).name
 
     for c in (1, 2, 3, 4, 8, 16, 32, 64):
-        assert {chosen(c), chosen(c, stride=2)} == {"grouped" if 2 <= c <= most else "onednn"}
+        name = "depthwise" if c == 1 else "grouped" if c <= most else "onednn"
+        assert {chosen(c), chosen(c, stride=2)} == {name}
     others = (dict(stride=3), dict(dilation=2), dict(multiplier=2), dict(kernel=1))
     assert {chosen(4, **other) for other in others} == {"onednn"}
 
@@ -475,10 +534,26 @@ def test_groups_that_win_in_16_bits(monkeypatch):
         sizes = ((1, 32 * c, 14, 14), (32 * c, c, 3, 3), (1, 32 * c, 14, 14))
         return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [1, 1], 32, False, dtype).name
 
-    for c in (1, 2, 4, 6, 7, 32, 33):
+    for c in (2, 4, 6, 7, 32, 33):
         assert chosen(c, 1, torch.bfloat16) == ("grouped" if 2 <= c <= 6 else "onednn")
         assert chosen(c, 2, torch.bfloat16) == "onednn"
         assert chosen(c, 2, torch.float16) == ("grouped" if 2 <= c <= 32 else "onednn")
+
+
+def test_depthwise_convolutions_that_win_run_in_our_kernel(monkeypatch):
+    monkeypatch.setattr(choose, "onednn_runs", lambda dtype: True)
+    monkeypatch.setattr(choose, "_multiplies_bfloat16", lambda: True)
+
+    def chosen(dtype=torch.float32, n=1, size=28, kernel=3, stride=1, dilation=1, multiplier=1):
+        k = 64 * multiplier
+        sizes = ((n, 64, size, size), (k, 1, kernel, kernel), (n, k, size, size))
+        return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [dilation] * 2, 64, False, dtype).name
+
+    for dtype, most in ((torch.float32, 112), (torch.bfloat16, 28)):
+        assert chosen(dtype, size=most) == chosen(dtype, n=4, size=most // 2, stride=2) == "depthwise"
+        assert chosen(dtype, size=most + 1) == chosen(dtype, n=5, size=most // 2) == "onednn"
+    others = (dict(kernel=5), dict(stride=3), dict(dilation=2), dict(multiplier=2))
+    assert {chosen(**other) for other in others} == {"onednn"}
 
 
 def test_what_onednn_errs_on_runs_in_our_kernels():

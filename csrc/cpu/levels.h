@@ -83,6 +83,8 @@ struct Conv {
     (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,                    \
      int64_t filter_end, void* scratch))                                                                               \
   K(int64_t, conv_gemm_scratch, (const Conv& conv, int64_t pixels)) /* bytes */                                        \
+  K(void, conv_depthwise, (const Conv& conv, int64_t begin, int64_t end, void* scratch))                               \
+  K(int64_t, conv_depthwise_scratch, (const ConvShape& shape)) /* bytes */                                             \
   K(GroupedUnit, grouped_unit, (int64_t channels, int64_t filters, int64_t groups))                                    \
   K(void, conv_grouped,                                                                                                \
     (const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,            \

@@ -42,6 +42,12 @@ torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch:
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation, int64_t groups, bool relu);
 
+// As many groups as channels and filters; `packed_weight` is [R, S, C], float32.
+torch::stable::Tensor conv_depthwise(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
+                                     const torch::stable::Tensor& bias,
+                                     const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> stride,
+                                     std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
+
 torch::stable::Tensor pack_grouped(const torch::stable::Tensor& weight, int64_t groups);
 torch::stable::Tensor conv_grouped(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                    const torch::stable::Tensor& bias,

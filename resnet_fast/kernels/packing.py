@@ -18,6 +18,7 @@ from torch import Tensor
 from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
 
 _onednn = torch.ops.resnet_fast._conv_onednn.default
+_depthwise = torch.ops.resnet_fast._conv_depthwise.default
 _few_channels = torch.ops.resnet_fast._conv_few_channels.default
 _few_channels_max_pool = torch.ops.resnet_fast._conv_few_channels_max_pool.default
 _gemm = torch.ops.resnet_fast._conv_gemm.default
@@ -145,6 +146,8 @@ class FoldedConv:
         folded = fold(*parameters)[0].contiguous()
         if kernel.name == "winograd":
             return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
+        if kernel.name == "depthwise":
+            return folded.squeeze(1).permute(1, 2, 0).contiguous()  # [R, S, C]
         if kernel.name == "grouped":
             return torch.ops.resnet_fast._pack_grouped(folded, self.geometry.groups)
         if kernel.name == "gemm":
@@ -191,6 +194,8 @@ class FoldedConv:
             weight = self.direct
         elif kernel.name == "onednn":
             return _onednn(input, weight, bias, residual, *self.geometry, relu)
+        elif kernel.name == "depthwise":
+            return _depthwise(input, weight, bias, residual, *self.geometry[:3], relu)
         elif kernel.name == "grouped":
             return _grouped(input, weight, bias, residual, *self.geometry, relu)
         elif kernel.name == "few channels":

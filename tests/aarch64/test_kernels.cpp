@@ -420,6 +420,29 @@ void test_grouped() {
     }
 }
 
+void test_depthwise() {
+  const ConvShape shapes[] = {
+      shape(1, 1, 1, 1, 1, 3, 3, 1, 1, 1, 1),     shape(2, 20, 20, 9, 13, 3, 3, 1, 1, 1, 20),
+      shape(1, 33, 33, 8, 17, 3, 3, 1, 2, 1, 33), shape(1, 16, 16, 3, 40, 3, 3, 2, 1, 1, 16),
+      shape(1, 7, 7, 12, 29, 5, 5, 2, 1, 1, 7),   shape(1, 18, 18, 9, 9, 3, 3, 2, 2, 2, 18),
+      shape(1, 5, 5, 2, 3, 3, 3, 5, 1, 1, 5),
+  };
+  bool flag = false;
+  for (const ConvShape& s : shapes)
+    for (const Storage type : types) {
+      const Case c(s, flag = !flag, s.k % 3 != 0);
+      std::vector<double> packed;
+      for (int64_t tap = 0; tap < s.r * s.s; ++tap)
+        for (int64_t k = 0; k < s.k; ++k) packed.push_back(c.weight[k * s.r * s.s + tap]);
+      Call call(c, type, type, packed);
+      const auto memory = scratch(level::conv_depthwise_scratch(c.shape));
+      const int64_t rows = s.n * c.shape.p, middle = rows / 2;
+      level::conv_depthwise(call.conv, 0, middle, memory.get());
+      level::conv_depthwise(call.conv, middle, rows, memory.get());
+      expect_values(call.output, c.expected(), type, "conv_depthwise", Text(c.shape, type).text);
+    }
+}
+
 // The weight as conv_few_channels.cpp takes it: columns and channels of the kernel are one dimension.
 std::vector<double> pack_few_channels(const Case& c, Storage type) {
   const ConvShape& s = c.shape;
@@ -590,6 +613,7 @@ int main() {
   test_gemm();
   test_winograd();
   test_grouped();
+  test_depthwise();
   test_few_channels();
   test_read_pixels();
   test_max_pool();

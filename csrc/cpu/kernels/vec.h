@@ -103,6 +103,11 @@ static inline void store_part(T* p, vec v, int64_t n) {
 
 #if defined(__AVX512F__)
 static inline vec load_part(const float* p, int64_t n) { return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+static inline vec load_part(const bf16* p, int64_t n) {
+  bf16 values[width];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm256_maskz_loadu_epi16((1u << n) - 1, p));
+  return load(values);
+}
 static inline void store_part(float* p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
 static inline void store_part(bf16* p, vec v, int64_t n) {
   bf16 values[width];
@@ -110,6 +115,13 @@ static inline void store_part(bf16* p, vec v, int64_t n) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
 }
+#elif defined(__AVX2__)
+static inline __m256i first_lanes(int64_t n) {
+  static const int32_t lanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + 8 - n));
+}
+static inline vec load_part(const float* p, int64_t n) { return (vec)_mm256_maskload_ps(p, first_lanes(n)); }
+static inline void store_part(float* p, vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
 #endif
 
 // Asks for n values in the L1 cache. Kernels walk over maps in too many short runs at once for the hardware to foresee
