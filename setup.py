@@ -23,6 +23,7 @@ CUDA_ARCHS = "8.0+PTX;9.0a"  # PTX of 8.0 serves 8.6, 8.9, 10 and 12
 # GCC 12 takes the undefined lanes in its own AVX-512 headers for mistakes (GCC bug 105593).
 KERNEL_FLAGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNEL_FLAGS += ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+KERNEL_FLAGS += ["-fno-exceptions"]  # kernels throw nothing; what exceptions need is a symbol that levels would share
 # For `make sanitize`: tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU part only.
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 SANITIZE = SANITIZE if os.environ.get("RESNET_FAST_SANITIZE") == "1" else []

@@ -309,7 +309,7 @@ def _is_fast_depthwise(
     1.4 (0.7), 14 1.7 (0.8), 7 2.0-2.4 (1.1). 5x5 1.0 (0.8), 7x7 0.7-1.1 (0.6-0.8) with AVX-512.
     """
     n, _, p, q = output_size
-    if tuple(weight_size[2:]) != (3, 3) or max(stride) > 2 or max(dilation) > 1:
+    if tuple(weight_size[2:]) != (3, 3) or max(stride) > 2 or max(dilation) > 1 or weight_size[0] < _vector_width():
         return False
     return n * p * q <= (28**2 if onednn_in_16_bit else 112**2)
 

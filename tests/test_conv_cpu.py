@@ -544,15 +544,15 @@ def test_depthwise_convolutions_that_win_run_in_our_kernel(monkeypatch):
     monkeypatch.setattr(choose, "onednn_runs", lambda dtype: True)
     monkeypatch.setattr(choose, "_multiplies_bfloat16", lambda: True)
 
-    def chosen(dtype=torch.float32, n=1, size=28, kernel=3, stride=1, dilation=1, multiplier=1):
-        k = 64 * multiplier
-        sizes = ((n, 64, size, size), (k, 1, kernel, kernel), (n, k, size, size))
-        return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [dilation] * 2, 64, False, dtype).name
+    def chosen(dtype=torch.float32, n=1, c=64, size=28, kernel=3, stride=1, dilation=1, multiplier=1):
+        k = c * multiplier
+        sizes = ((n, c, size, size), (k, 1, kernel, kernel), (n, k, size, size))
+        return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [dilation] * 2, c, False, dtype).name
 
     for dtype, most in ((torch.float32, 112), (torch.bfloat16, 28)):
         assert chosen(dtype, size=most) == chosen(dtype, n=4, size=most // 2, stride=2) == "depthwise"
         assert chosen(dtype, size=most + 1) == chosen(dtype, n=5, size=most // 2) == "onednn"
-    others = (dict(kernel=5), dict(stride=3), dict(dilation=2), dict(multiplier=2))
+    others = (dict(kernel=5), dict(stride=3), dict(dilation=2), dict(multiplier=2), dict(c=3))
     assert {chosen(**other) for other in others} == {"onednn"}
 
 

@@ -14,13 +14,10 @@ static bool takes_rows(const ConvShape& s) { return s.s == 3 && s.stride[1] <= 2
 // Output pixels of a tile; those behind the row's end are computed but not stored.
 static int64_t tile_pixels_of(const ConvShape& s) {
   const auto computed = [&](int64_t pixels) { return (s.q + pixels - 1) / pixels * pixels; };
-  int64_t pixels = 8;
-  if (computed(7) < computed(pixels)) pixels = 7;
-  if (computed(4) < computed(pixels)) pixels = 4;
-  return pixels;
+  return computed(7) < computed(8) ? 7 : 8;
 }
 
-constexpr int positions_of(int columns, int stride, int pixels) { return (pixels - 1) * stride + columns; }
+static constexpr int positions_of(int columns, int stride, int pixels) { return (pixels - 1) * stride + columns; }
 
 // [rows][positions], where a row of a kernel that is not taken at once counts once a column.
 template <typename T>
@@ -31,57 +28,69 @@ struct Tile {
   int64_t pixel, live;  // the first output pixel, how many of them exist
 };
 
-// Channels [channel, channel + channels), of which a vector is computed.
+// A vector of channels.
 template <int columns, int stride, int pixels, typename T>
-static inline __attribute__((always_inline)) void sum_tile(const Tile<T>& tile, int64_t channel, int64_t channels) {
+static inline __attribute__((always_inline)) void sum_tile(const Tile<T>& tile, int64_t channel) {
   constexpr int positions = positions_of(columns, stride, pixels);
   const Conv& conv = tile.conv;
   const int64_t step = conv.shape.c;
-  const bool whole = channels >= width;
   const float* weight = static_cast<const float*>(conv.weight) + channel;
   const T* const* at = tile.at;
   vec sum[pixels];
   each<pixels, 1>([&](int i, int) { sum[i] = load(conv.bias + channel); });
   for (int64_t r = 0; r < tile.rows; ++r, at += positions, weight += columns * step) {
     vec w[columns];
-    each<columns, 1>(
-        [&](int s, int) { w[s] = whole ? load(weight + s * step) : load_part(weight + s * step, channels); });
-    each<positions, 1>([&](int x, int) {
-      const vec v = whole ? load(at[x] + channel) : load_part(at[x] + channel, channels);
-      each<columns, 1>([&](int s, int) {
-        if (x >= s && (x - s) % stride == 0 && (x - s) / stride < pixels) sum[(x - s) / stride] += v * w[s];
-      });
+    each<columns, 1>([&](int s, int) { w[s] = load(weight + s * step); });
+    vec v;
+    each<positions, columns>([&](int x, int s) {
+      if (s == 0) v = load(at[x] + channel);
+      if (x >= s && (x - s) % stride == 0 && (x - s) / stride < pixels) sum[(x - s) / stride] += v * w[s];
     });
   }
+  const int64_t to = tile.pixel * step + channel;
   const T* residual = static_cast<const T*>(conv.residual);
   T* output = static_cast<T*>(conv.output);
   each<pixels, 1>([&](int i, int) {
     if (i >= tile.live) return;
-    const int64_t to = (tile.pixel + i) * step + channel;
     vec v = sum[i];
-    if (residual) v += whole ? load(residual + to) : load_part(residual + to, channels);
-    if (conv.relu) v = relu(v);
-    if (whole) {
-      store_rounded(output + to, v);
-    } else {
-      store_part(output + to, v, channels);
-    }
+    if (residual) v += load(residual + to + i * step);
+    store_rounded(output + to + i * step, conv.relu ? relu(v) : v);
   });
 }
 
+// Where there are fewer channels than a vector has: one value after the other.
+template <int columns, int stride, int pixels, typename T>
+static void sum_values(const Tile<T>& tile) {
+  constexpr int positions = positions_of(columns, stride, pixels);
+  const Conv& conv = tile.conv;
+  const int64_t step = conv.shape.c;
+  for (int64_t i = 0; i < pixels && i < tile.live; ++i) {
+    for (int64_t channel = 0; channel < step; ++channel) {
+      vec v = load_part(conv.bias + channel, 1);
+      for (int64_t tap = 0; tap < tile.rows * columns; ++tap) {
+        const T* at = tile.at[tap / columns * positions + i * stride + tap % columns];
+        v += load_part(at + channel, 1) * load_part(static_cast<const float*>(conv.weight) + tap * step + channel, 1);
+      }
+      const int64_t to = (tile.pixel + i) * step + channel;
+      if (conv.residual) v += load_part(static_cast<const T*>(conv.residual) + to, 1);
+      store_part(static_cast<T*>(conv.output) + to, conv.relu ? relu(v) : v, 1);
+    }
+  }
+}
+
+// The last vector of channels overlaps the one before, if need be, and computes the same values again.
 template <int columns, int stride, int pixels, typename T>
 static __attribute__((flatten)) void sum_channels(const Tile<T>& tile) {
   const int64_t channels = tile.conv.shape.c;
-  int64_t channel = 0;
-  for (; channel + width <= channels; channel += width) sum_tile<columns, stride, pixels>(tile, channel, width);
-  if (channel < channels) sum_tile<columns, stride, pixels>(tile, channel, channels - channel);
+  for (int64_t channel = 0; channel < channels; channel += width)
+    sum_tile<columns, stride, pixels>(tile, channel + width <= channels ? channel : channels - width);
 }
 
 template <int columns, int stride, typename T>
 static void sum_channels(const Tile<T>& tile, int64_t pixels) {
-  if (pixels == 8) return sum_channels<columns, stride, 8>(tile);
-  if (pixels == 7) return sum_channels<columns, stride, 7>(tile);
-  sum_channels<columns, stride, 4>(tile);
+  if (tile.conv.shape.c < width)
+    return pixels == 8 ? sum_values<columns, stride, 8>(tile) : sum_values<columns, stride, 7>(tile);
+  return pixels == 8 ? sum_channels<columns, stride, 8>(tile) : sum_channels<columns, stride, 7>(tile);
 }
 
 // Pointers to `positions` input pixels of row y of image n, `step` apart from x on.

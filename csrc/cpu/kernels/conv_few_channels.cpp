@@ -32,7 +32,7 @@ static void conv_row_of(const ConvRow& row) {
         const int64_t pixel = row.pixels * tile / tiles, rows = row.pixels * (tile + 1) / tiles - pixel;
         Out* out = static_cast<Out*>(row.output) + pixel * row.filters + filter;
         const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu};
-        GemmTiles<In, Out>::of[vectors - 1][rows - 1](at, row.taps, pixel * row.pixel_step, row.depth, panel, o);
+        gemm_tile<In, Out>(rows, vectors)(at, row.taps, pixel * row.pixel_step, row.depth, panel, o);
       }
     }
   }
@@ -42,7 +42,7 @@ template <typename In>
 static void conv_row_of(const ConvRow& row) {
   if (row.output_type == Storage::f32) return conv_row_of<float, In>(row);
   if (row.output_type == Storage::bf16) return conv_row_of<bf16, In>(row);
-  conv_row_of<f16, In>(row);
+  if constexpr (per_step<In> == 1) conv_row_of<f16, In>(row);
 }
 
 void conv_row(const ConvRow& row) {

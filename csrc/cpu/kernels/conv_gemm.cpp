@@ -132,8 +132,8 @@ static void shallow(const Block<In>& b, int64_t filter_begin, int64_t filter_end
       TileOutput o = output_of<Out>(b, pixel, filter, vectors * width);
       o.start = b.conv.bias + b.first + filter;
       prefetch_residual<Out>(o, rows);
-      GemmTiles<In, Out>::of[vectors - 1][rows - 1](b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
-                                                    b.weight + filter * b.taps * b.depth, o);
+      gemm_tile<In, Out>(rows, vectors)(b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
+                                        b.weight + filter * b.taps * b.depth, o);
     }
   }
 }
@@ -151,7 +151,7 @@ static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, f
       for (int64_t k = 0; k < b.depth; k += chunk) {
         const int64_t depth = k + chunk < b.depth ? chunk : b.depth - k;
         const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
-        const auto& tiles = is_last ? GemmTiles<In, Out>::of : GemmTiles<In, float>::of;
+        const auto tile_of = is_last ? gemm_tile<In, Out> : gemm_tile<In, float>;
         for (int64_t tile = 0; tile < b.tiles; ++tile) {
           const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
           float* sums = partial + pixel * columns;
@@ -160,8 +160,8 @@ static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, f
           o.start = is_first ? b.conv.bias + b.first + filter : sums;
           o.start_stride = is_first ? 0 : columns;
           prefetch_residual<Out>(o, rows);
-          tiles[vectors - 1][rows - 1](b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
-                                       panel + (tap * b.depth + k) * columns, o);
+          tile_of(rows, vectors)(b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
+                                 panel + (tap * b.depth + k) * columns, o);
         }
       }
     }
@@ -186,7 +186,7 @@ static void multiply(const Conv& conv, int64_t group, int64_t pixel_begin, int64
                         weight, pixel_begin, pixels, tiles_of(pixels), row};
   if (conv.output_type == Storage::f32) return multiply<float>(block, filter_begin, filter_end, partial);
   if (conv.output_type == Storage::bf16) return multiply<bf16>(block, filter_begin, filter_end, partial);
-  multiply<f16>(block, filter_begin, filter_end, partial);
+  if constexpr (per_step<In> == 1) multiply<f16>(block, filter_begin, filter_end, partial);
 }
 
 void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,

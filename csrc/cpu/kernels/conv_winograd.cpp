@@ -215,8 +215,8 @@ static bool output_panel(const Conv& conv, const In* transformed, int64_t stride
         for (int64_t i = 0; i < rows; ++i) row[i] = transformed + xi * stride + (first + i) * row_length(s);
         float* out = products + xi * products_stride + first * columns;
         const float* start = k == 0 ? nullptr : out;
-        GemmTiles<In, float>::of[vectors - 1][rows - 1](row, 1, k, depth, panel,
-                                                        {start, columns, out, nullptr, columns, columns, false});
+        gemm_tile<In, float>(rows, vectors)(row, 1, k, depth, panel,
+                                            {start, columns, out, nullptr, columns, columns, false});
       }
       panel += depth * columns;
     }

@@ -1,4 +1,5 @@
-// The innermost loop of every convolution here: a tile of rows (pixels) times a panel of filters, summed in registers.
+// The innermost loop of most convolutions here, in gemm_tile.cpp: a tile of rows (pixels) times a panel of filters,
+// summed in registers.
 #pragma once
 
 #include "vec.h"
@@ -42,119 +43,32 @@ static inline void prefetch_residual(const TileOutput& o, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) prefetch(static_cast<const Out*>(o.residual) + i * o.out_stride, o.columns);
 }
 
-template <typename Out, int rows, int vectors>
-static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
-  const Out* residual = static_cast<const Out*>(o.residual);
-  Out* out = static_cast<Out*>(o.out);
-  if (o.start) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(o.start + i * o.start_stride + j * width); });
-  if (o.columns == vectors * width) {
-    const auto at = [&](int i, int j) { return i * o.out_stride + j * width; };
-    if (residual) each<rows, vectors>([&](int i, int j) { sum[i][j] += load(residual + at(i, j)); });
-    if (o.relu) each<rows, vectors>([&](int i, int j) { sum[i][j] = relu(sum[i][j]); });
-    each<rows, vectors>([&](int i, int j) { store_rounded(out + at(i, j), sum[i][j]); });
-    return;
-  }
-  float values[rows * vectors * width];
-  each<rows, vectors>([&](int i, int j) { store(values + (i * vectors + j) * width, sum[i][j]); });
-  for (int i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < o.columns; j += width) {
-      const int64_t left = o.columns - j, at = i * o.out_stride + j;
-      vec v = load(values + i * vectors * width + j);
-      if (left >= width) {
-        if (residual) v += load(residual + at);
-        store_rounded(out + at, o.relu ? relu(v) : v);
-      } else {
-        if (residual) v += load_part(residual + at, left);
-        store_part(out + at, o.relu ? relu(v) : v, left);
-      }
-    }
-  }
-}
-
 // A step of the depth takes a float of a row and of every filter, or a pair of bf16 values (the last one of an odd
 // depth alone).
 template <typename In>
 constexpr int64_t per_step = sizeof(float) / sizeof(In);
 
-static inline vec row_step(const float* row) { return broadcast(*row); }
-static inline vec panel_step(const float* panel) { return load(panel); }
-static inline vec multiply_add(const float*, vec row, vec panel, vec sum) { return sum + row * panel; }
-
-#if defined(__AVX512BF16__)
-static inline vec row_step(const bf16* row) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, row, sizeof(pair));
-  return (vec)(bits32{} + pair);
-}
-static inline vec panel_step(const bf16* panel) {
-  vec pairs;
-  __builtin_memcpy(&pairs, panel, sizeof(pairs));
-  return pairs;
-}
-static inline vec multiply_add(const bf16*, vec row, vec panel, vec sum) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)panel);
-}
-#endif
-
 // out = relu(start + sum over taps and depth of rows * panel + residual)
-template <int rows, int vectors, typename In, typename Out>
-static __attribute__((flatten)) void gemm_tile(const In* const* row,  // [taps][tile_rows]; row[tap][0] null: zeros
-                                               int64_t taps,
-                                               int64_t offset,  // into every row
-                                               int64_t depth,
-                                               const In* panel,  // [taps][depth / per_step][vectors * width][per_step]
-                                               const TileOutput& o) {
-  constexpr int64_t step = per_step<In>, step_size = step * vectors * width;
-  vec sum[rows][vectors];
-  each<rows, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
-  for (int64_t t = 0; t < taps; ++t, row += tile_rows) {
-    if (row[0] == nullptr) {
-      panel += depth * vectors * width;
-      continue;
-    }
-    const In* a[rows];
-    each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
-    int64_t k = 0;
-    for (; k + step <= depth; k += step, panel += step_size) {
-      __builtin_prefetch(panel + prefetch_steps * step_size);
-      vec b[vectors], x;
-      each<vectors, 1>([&](int j, int) { b[j] = panel_step(panel + j * width * step); });
-      each<rows, vectors>([&](int i, int j) {
-        if (j == 0) x = row_step(a[i] + k);
-        sum[i][j] = multiply_add(panel, x, b[j], sum[i][j]);
-      });
-    }
-    if constexpr (step > 1) {
-      if (k == depth) continue;
-      each<rows, vectors>(
-          [&](int i, int j) { sum[i][j] += broadcast(bf16_to_float(a[i][k].bits)) * load(panel + j * width); });
-      panel += vectors * width;
-    }
-  }
-  store_tile<Out>(sum, o);
-}
+template <typename In>
+using GemmTile = void (*)(const In* const* row,  // [taps][tile_rows]; row[tap][0] null: zeros
+                          int64_t taps,
+                          int64_t offset,  // into every row
+                          int64_t depth,
+                          const In* panel,  // [taps][depth / per_step][vectors * width][per_step]
+                          const TileOutput& o);
 
-namespace {  // a static member would be a weak symbol
+// The tile of a size, by the types of inputs and outputs. In gemm_tile.cpp: for each pair of types there are as many
+// functions as sizes.
+GemmTile<float> gemm_tile_of(const float*, const float*, int64_t rows, int64_t vectors);
+GemmTile<float> gemm_tile_of(const float*, const bf16*, int64_t rows, int64_t vectors);
+GemmTile<float> gemm_tile_of(const float*, const f16*, int64_t rows, int64_t vectors);
+GemmTile<bf16> gemm_tile_of(const bf16*, const float*, int64_t rows, int64_t vectors);  // only with AVX-512 BF16
+GemmTile<bf16> gemm_tile_of(const bf16*, const bf16*, int64_t rows, int64_t vectors);
 
-// By vectors of the panel and rows, less one each.
 template <typename In, typename Out>
-struct GemmTiles {
-  typedef void (*Tile)(const In* const*, int64_t, int64_t, int64_t, const In*, const TileOutput&);
-  static_assert(tile_rows == 6);
-#define RESNET_FAST_TILES(vectors)                                                                 \
-  {gemm_tile<1, vectors, In, Out>, gemm_tile<2, vectors, In, Out>, gemm_tile<3, vectors, In, Out>, \
-   gemm_tile<4, vectors, In, Out>, gemm_tile<5, vectors, In, Out>, gemm_tile<6, vectors, In, Out>}
-  static constexpr Tile of[panel_vectors][tile_rows] = {
-      RESNET_FAST_TILES(1),
-      RESNET_FAST_TILES(2),
-#if defined(__AVX512F__)
-      RESNET_FAST_TILES(3),
-      RESNET_FAST_TILES(4),
-#endif
-  };
-};
-
-}  // namespace
+static inline GemmTile<In> gemm_tile(int64_t rows, int64_t vectors) {
+  return gemm_tile_of(static_cast<const In*>(nullptr), static_cast<const Out*>(nullptr), rows, vectors);
+}
 
 // Vectors of the panel that starts at `filter`: the last one of a group is as narrow as its filters allow.
 static inline int64_t vectors_of_panel(int64_t filters, int64_t filter) {
