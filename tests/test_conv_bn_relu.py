@@ -19,6 +19,7 @@ from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.bench import layers
 from resnet_fast.choose import choose_conv_on_cpu, has_few_channels
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
+from resnet_fast.ops.conv_bn_relu import conv_pairs
 from resnet_fast.ops.weight_cache import packed_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,13 +71,10 @@ def in_channels_last(tensors):
 
 def winograd_tile(tensors, geometry, output_size):
     """Width of the tiles if Winograd's algorithm runs, else 0."""
-    pairs = {
-        name: geometry[name] if isinstance(geometry[name], list) else [geometry[name]] * 2
-        for name in ("stride", "padding", "dilation")
-    }
+    pairs = conv_pairs(*(geometry[name] for name in ("stride", "padding", "dilation")))
     sizes = (tensors["input"].shape, tensors["weight"].shape, output_size)
     has_residual, dtype = tensors["residual"] is not None, tensors["input"].dtype
-    return choose_conv_on_cpu(*sizes, **pairs, groups=geometry["groups"], has_residual=has_residual, dtype=dtype).tile
+    return choose_conv_on_cpu(*sizes, *pairs, groups=geometry["groups"], has_residual=has_residual, dtype=dtype).tile
 
 
 def assert_right(tensors, geometry):
