@@ -218,34 +218,31 @@ def test_depthwise_weight_of_another_convolution_is_refused():
             ops._conv_depthwise(x, packed, bias, None, [1, 1], [1, 1], [1, 1], True)
 
 
+def check_special_values(convolution, tensors, groups, value, places):
+    """In one channel of the input, they reach the filters of its own group only; in the residual, one value."""
+    x, weight, bias = tensors
+    for at in places:
+        y = x.clone()
+        y[at] = value
+        out = convolution(y, weight, bias, groups=groups)
+        assert_same_special_values(out, reference(y, weight, bias, groups=groups))
+        residual = torch.zeros_like(x)
+        residual[at] = value
+        out = convolution(x, weight, bias, residual, groups=groups)
+        assert_same_special_values(out, reference(x, weight, bias, residual, groups=groups))
+
+
 @pytest.mark.parametrize("depth", (1, 3, 4, 16, 24))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 def test_kernels_grouped_special_values(value, depth):
-    """They reach the filters of their own group only."""
-    x, weight, bias = tensors(c=3 * depth, k=3 * depth, groups=3)
-    how = dict(groups=3)
-    for at in ((0, 0, 0, 0), (1, 3 * depth - 1, 8, 6), (0, depth, 4, 3)):
-        y = x.clone()
-        y[at] = value
-        assert_same_special_values(grouped(y, weight, bias, **how), reference(y, weight, bias, **how))
-        residual = torch.zeros_like(x)
-        residual[at] = value
-        out = grouped(x, weight, bias, residual, **how)
-        assert_same_special_values(out, reference(x, weight, bias, residual, **how))
+    places = ((0, 0, 0, 0), (1, 3 * depth - 1, 8, 6), (0, depth, 4, 3))
+    check_special_values(grouped, tensors(c=3 * depth, k=3 * depth, groups=3), 3, value, places)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 def test_kernels_depthwise_special_values(value):
-    x, weight, bias = tensors(c=19, k=19, groups=19, w=17)
-    how = dict(groups=19)
-    for at in ((0, 0, 0, 0), (1, 18, 8, 16), (0, 7, 4, 8)):
-        y = x.clone()
-        y[at] = value
-        assert_same_special_values(depthwise(y, weight, bias, **how), reference(y, weight, bias, **how))
-        residual = torch.zeros_like(x)
-        residual[at] = value
-        out = depthwise(x, weight, bias, residual, **how)
-        assert_same_special_values(out, reference(x, weight, bias, residual, **how))
+    places = ((0, 0, 0, 0), (1, 18, 8, 16), (0, 7, 4, 8))
+    check_special_values(depthwise, tensors(c=19, k=19, groups=19, w=17), 19, value, places)
 
 
 WINOGRAD = {

@@ -47,6 +47,12 @@ inline Storage storage_of(torch::headeronly::ScalarType dtype) {
 
 inline int64_t bytes_of(Storage type) { return type == Storage::f32 ? 4 : 2; }
 
+inline void check_weight_type(Storage weight_type, Storage input_type) {
+  const bool of_pairs = weight_type == Storage::bf16 && input_type == Storage::bf16 && kernels().multiplies_bf16;
+  STD_TORCH_CHECK(weight_type == Storage::f32 || of_pairs,
+                  "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
+}
+
 // A convolution as the kernels take it, with what its pointers point at: maps in channels_last, a bias and zeros with
 // room behind.
 struct ConvCall : Conv {
@@ -57,9 +63,7 @@ struct ConvCall : Conv {
     relu = with_relu;
     weight = packed_weight.const_data_ptr();
     weight_type = storage_of(packed_weight.scalar_type());
-    const bool of_pairs = weight_type == Storage::bf16 && x.scalar_type() == packed_weight.scalar_type();
-    STD_TORCH_CHECK(weight_type == Storage::f32 || (of_pairs && kernels().multiplies_bf16),
-                    "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
+    check_weight_type(weight_type, storage_of(x.scalar_type()));
     output_type = storage_of(x.scalar_type());
     set_input(x);
     residual = nullptr;

@@ -35,19 +35,18 @@ class FewChannels {
     const int64_t width = kernels().vector_width;
     const bool whole_rows = packed_weight.size(3) == 1;
     const Storage type = storage_of(input.scalar_type()), weight_type = storage_of(packed_weight.scalar_type());
-    STD_TORCH_CHECK(shape.c <= 4 && packed_weight.size(2) * packed_weight.size(3) <= kernels().conv_row_taps,
-                    "a convolution of few channels has at most 4 and a kernel of at most ", kernels().conv_row_taps,
-                    " rows");
+    const int64_t taps = packed_weight.size(2) * packed_weight.size(3), most_taps = kernels().conv_row_taps;
+    STD_TORCH_CHECK(shape.c <= 4, "input must have at most 4 channels, got ", shape.c);
+    STD_TORCH_CHECK(taps <= most_taps, "packed_weight must have at most ", most_taps, " rows or positions, got ", taps);
     STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == 1 &&
                         packed_weight.size(1) == (shape.k + width - 1) / width * width &&
                         packed_weight.size(4) == shape.c * (whole_rows ? shape.s : 1) &&
                         (!whole_rows || shape.s == 1 || dilation[1] == 1),
                     "packed_weight must be packed for this input, bias and dilation");
-    STD_TORCH_CHECK(weight_type == Storage::f32 || (weight_type == type && kernels().multiplies_bf16),
-                    "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
+    check_weight_type(weight_type, type);
     std::memcpy(bias_.data(), bias.const_data_ptr(), shape.k * sizeof(float));
     pixels_ = {nullptr, type, input.stride(3), input.stride(1), shape.w, shape.c};
-    row_.taps = packed_weight.size(2) * packed_weight.size(3);
+    row_.taps = taps;
     row_.depth = packed_weight.size(4);
     row_.pixel_step = stride[1] * shape.c;
     row_.weight = packed_weight.const_data_ptr();

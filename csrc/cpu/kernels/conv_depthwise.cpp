@@ -3,13 +3,10 @@
 // Channels are the lanes. A tile of output pixels side by side takes a vector of channels through all kernel rows; an
 // input vector is loaded once for all the kernel's columns. Tiles find their input through pointers, which point at
 // zeros where the kernel meets padding, and which all vectors of channels share.
-#include "../levels.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
-
-// Whether a kernel's row is taken at once; otherwise one position after the other.
-static bool takes_rows(const ConvShape& s) { return s.s == 3 && s.stride[1] <= 2 && s.dilation[1] == 1; }
 
 // Output pixels of a tile; those behind the row's end are computed but not stored.
 static int64_t tile_pixels_of(const ConvShape& s) {

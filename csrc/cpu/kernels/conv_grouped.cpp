@@ -9,7 +9,7 @@
 // L1 or L2 cache: pixels of one input vector lie side by side there (in the map they are C values apart, which falls
 // into few sets of the L1 cache), and the inner loop knows neither borders nor 16-bit values. An input vector is loaded
 // and permuted once for all the kernel's columns.
-#include "../levels.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
@@ -147,9 +147,6 @@ static SumTile sum_tile_of(Form form, int64_t columns, int64_t stride, int64_t p
   if (form == Form::own || vectors == 1) return sum_tile_of<Form::own>(columns, stride, pixels, vectors);
   return sum_tile_of<Form::shared>(columns, stride, pixels, vectors);
 }
-
-// Whether the inner loop takes a kernel's row at once; otherwise one position after the other.
-static bool takes_rows(const ConvShape& s) { return s.s == 3 && s.stride[1] <= 2 && s.dilation[1] == 1; }
 
 // One input row into the ring: [chunks][row_pixels][width].
 template <typename T>
