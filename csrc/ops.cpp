@@ -128,6 +128,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_winograd(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] padding, bool relu) "
       "-> (Tensor, bool)");
+  m.def("_run_plan(Tensor steps, Tensor[] constants, Tensor(a!)[] maps, Tensor(b!)? seconds=None) -> int");
+  m.def("_plan_format() -> str");
   m.def("_all_finite(Tensor input) -> bool");
   m.def("_fingerprint(Tensor weight, int groups, Tensor[] vectors) -> Tensor");
   m.def("_fingerprint_matches(Tensor fingerprint, Tensor weight, int groups, Tensor[] vectors) -> bool");
@@ -144,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("max_pool", TORCH_BOX(&max_pool_plain));
   m.impl("avg_pool_flatten", TORCH_BOX(&avg_pool_flatten_plain));
   m.impl("add_relu", TORCH_BOX(&add_relu_plain));
+  m.impl("_plan_format", TORCH_BOX(&resnet_fast::plan_format));
   m.impl("_map_pool_bytes", TORCH_BOX(&resnet_fast::map_pool_bytes));
   m.impl("_clear_map_pool", TORCH_BOX(&resnet_fast::clear_map_pool));
   m.impl("_cpu_level", TORCH_BOX(&resnet_fast::cpu_level_index));
@@ -164,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_conv_depthwise", TORCH_BOX(&resnet_fast::conv_depthwise));
   m.impl("_conv_grouped", TORCH_BOX(&resnet_fast::conv_grouped));
   m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
+  m.impl("_run_plan", TORCH_BOX(&resnet_fast::run_plan));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));
   m.impl("_fingerprint_matches", TORCH_BOX(&resnet_fast::fingerprint_matches));

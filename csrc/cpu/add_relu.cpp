@@ -5,26 +5,23 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../elementwise.h"
-#include "levels.h"
-#include "ops.h"
+#include "conv.h"
 
 namespace resnet_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Below 32768 elements (128 KiB of float32) waking a second thread costs more than it saves.
 constexpr int64_t grain = 32768;
 
 template <typename T>
-void run(void (*kernel)(const T*, const T*, T*, int64_t), const Tensor& a, const Tensor& b, Tensor& out) {
-  const T* pa = static_cast<const T*>(a.const_data_ptr());
-  const T* pb = static_cast<const T*>(b.const_data_ptr());
-  T* po = static_cast<T*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, out.numel(), grain, [=](int64_t begin, int64_t end) {
-    kernel(pa + begin, pb + begin, po + begin, end - begin);
-  });
+void run(void (*kernel)(const T*, const T*, T*, int64_t), const void* a, const void* b, void* out, int64_t size) {
+  const T* pa = static_cast<const T*>(a);
+  const T* pb = static_cast<const T*>(b);
+  T* po = static_cast<T*>(out);
+  torch::stable::parallel_for(
+      0, size, grain, [=](int64_t begin, int64_t end) { kernel(pa + begin, pb + begin, po + begin, end - begin); });
 }
 
 }  // namespace
@@ -33,20 +30,15 @@ Tensor add_relu_cpu(const Tensor& a, const Tensor& b) {
   check_elementwise(a, b);
   Tensor out = torch::stable::empty_like(a);  // keeps a's strides if a is dense
   const Tensor x = in_layout_of(a, out), y = in_layout_of(b, out);
-  switch (a.scalar_type()) {
-    case ScalarType::Float:
-      run(kernels().add_relu_f32, x, y, out);
-      break;
-    case ScalarType::BFloat16:
-      run(kernels().add_relu_bf16, x, y, out);
-      break;
-    case ScalarType::Half:
-      run(kernels().add_relu_f16, x, y, out);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "add_relu on the CPU takes float32, bfloat16 or float16");
-  }
+  run_add_relu(x.const_data_ptr(), y.const_data_ptr(), out.mutable_data_ptr(), out.numel(),
+               storage_of(a.scalar_type()));
   return out;
+}
+
+void run_add_relu(const void* a, const void* b, void* output, int64_t size, Storage type) {
+  if (type == Storage::f32) return run(kernels().add_relu_f32, a, b, output, size);
+  if (type == Storage::bf16) return run(kernels().add_relu_bf16, a, b, output, size);
+  run(kernels().add_relu_f16, a, b, output, size);
 }
 
 }  // namespace resnet_fast

@@ -1,4 +1,5 @@
-// What the host sides of our own convolutions share.
+// What the host sides of our own kernels share. Each has two halves: one that takes tensors, checks and allocates, and
+// one, below, that takes pointers and splits the work over torch's thread pool; run_plan.cpp calls the latter alone.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -52,6 +53,40 @@ inline void check_weight_type(Storage weight_type, Storage input_type) {
   STD_TORCH_CHECK(weight_type == Storage::f32 || of_pairs,
                   "packed_weight must be float32 or, for a bfloat16 input and at level avx512_bf16, bfloat16");
 }
+
+struct Strides {
+  int64_t n, c, h, w;  // in elements
+};
+
+struct Pool {
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// A max-pooling; maps in channels_last. What of a kernel lies outside the map counts for nothing.
+struct MaxPool {
+  int64_t n, h, w, c, p, q;  // input [N, C, H, W], output [N, C, P, Q]
+  Pool pool;
+  const void* input;
+  void* output;
+  Storage type;
+};
+
+void run_conv_gemm(const Conv& conv);  // for 16-bit maps and a float32 weight only 1x1: the others are widened before
+void run_conv_grouped(const Conv& conv);
+void run_conv_depthwise(const Conv& conv);
+// F(tile, 3); false if some result is not finite.
+bool run_conv_winograd(const Conv& conv, int64_t tile);
+// The input has any strides.
+void run_conv_few_channels(const Conv& conv, const Strides& input);
+// [P, Q] of conv.shape are the convolution's; conv.output is [N, pooled height, pooled width, K].
+void run_conv_few_channels_max_pool(const Conv& conv, const Strides& input, const Pool& pool);
+void run_max_pool(const MaxPool& pool);
+// Means over `pixels`; input [N, pixels, C] or, not in channels_last, [N, C, pixels]; output [N, C].
+void run_avg_pool(const void* input, Storage type, bool channels_last, int64_t n, int64_t pixels, int64_t c,
+                  void* output);
+// `size` 16-bit values to float32.
+void run_widen(const void* input, Storage type, float* output, int64_t size);
+void run_add_relu(const void* a, const void* b, void* output, int64_t size, Storage type);
 
 // A convolution as the kernels take it, with what its pointers point at: maps in channels_last, a bias and zeros with
 // room behind.

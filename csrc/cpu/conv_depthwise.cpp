@@ -26,12 +26,17 @@ Tensor conv_depthwise(const Tensor& input, const Tensor& packed_weight, const Te
   const ConvShape s =
       conv_shape(input, bias, packed_weight.size(0), packed_weight.size(1), stride, padding, dilation, input.size(1));
   const ConvCall conv(s, input, packed_weight, bias, residual, relu);
+  run_conv_depthwise(conv);
+  return conv.result();
+}
+
+void run_conv_depthwise(const Conv& conv) {
+  const ConvShape& s = conv.shape;
   const int64_t rows = s.n * s.p, block = std::max<int64_t>(1, block_values / std::max<int64_t>(1, s.q * s.c));
   for_each_item((rows + block - 1) / block, rows * s.q * s.c * s.r * s.s, [&](int64_t item) {
     const Scratch<PixelPointers> scratch(kernels().conv_depthwise_scratch(s));
     kernels().conv_depthwise(conv, item * block, std::min(rows, (item + 1) * block), scratch.bytes());
   });
-  return conv.result();
 }
 
 }  // namespace resnet_fast

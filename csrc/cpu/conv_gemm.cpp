@@ -64,16 +64,22 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
                  std::vector<int64_t> dilation, int64_t groups, bool relu) {
   const ConvShape s =
       conv_shape(input, bias, packed_weight.size(2), packed_weight.size(3), stride, padding, dilation, groups);
-  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
-  const int64_t filters = s.k / groups, depth = s.c / groups, taps = s.r * s.s;
+  const int64_t width = kernels().vector_width;
+  const int64_t filters = s.k / groups, depth = s.c / groups;
   STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == groups && packed_weight.size(4) == depth &&
                       packed_weight.size(1) == (filters + width - 1) / width * width,
                   "packed_weight must come from _pack_gemm for this input, bias and groups");
   ConvCall conv(s, input, packed_weight, bias, residual, relu);
-  if (taps > 1 && conv.weight_type == Storage::f32)  // the kernel itself widens pixels for 1x1 only
+  if (s.r * s.s > 1 && conv.weight_type == Storage::f32)  // the kernel itself widens pixels for 1x1 only
     conv.set_input(to_dtype(input, ScalarType::Float));
-  if (s.n == 0) return conv.result();
+  if (s.n > 0) run_conv_gemm(conv);
+  return conv.result();
+}
 
+void run_conv_gemm(const Conv& conv) {
+  const ConvShape& s = conv.shape;
+  const int64_t panel = kernels().gemm_panel, groups = s.groups;
+  const int64_t filters = s.k / groups, depth = s.c / groups, taps = s.r * s.s;
   const int64_t pixels = s.n * s.p * s.q, panels = (filters + panel - 1) / panel;
   const int64_t threads = torch::stable::get_num_threads();
   // A block's input counts once a pixel for kernels that overlap, as often as taps for those that do not.
@@ -93,7 +99,6 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
     const Scratch<RowPointers> scratch(kernels().conv_gemm_scratch(conv, end - begin));
     kernels().conv_gemm(conv, group, begin, end, first, last, scratch.bytes());
   });
-  return conv.result();
 }
 
 }  // namespace resnet_fast

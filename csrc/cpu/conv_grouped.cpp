@@ -53,21 +53,26 @@ Tensor conv_grouped(const Tensor& input, const Tensor& packed_weight, const Tens
                       packed_weight.size(4) == kernels().vector_width,
                   "packed_weight must come from _pack_grouped for this input, bias and groups");
   const ConvCall conv(s, input, packed_weight, bias, residual, relu);
-  if (s.n == 0) return conv.result();
+  if (s.n > 0) run_conv_grouped(conv);
+  return conv.result();
+}
 
-  const int64_t unit_bytes = kernels().conv_grouped_scratch(s, 1) + packed_weight.numel() / unit.units * 4;
+void run_conv_grouped(const Conv& conv) {
+  const ConvShape& s = conv.shape;
+  const GroupedUnit unit = kernels().grouped_unit(s.c, s.k, s.groups);
+  const int64_t weight_bytes = unit.vectors * s.r * (s.c / s.groups) * s.s * kernels().vector_width * 4;
+  const int64_t unit_bytes = kernels().conv_grouped_scratch(s, 1) + weight_bytes;
   const int64_t even = unit.vectors == 1 ? 2 : 1;  // units whose vectors go in pairs
   const int64_t in_block = std::clamp<int64_t>(block_bytes / (unit_bytes * even), 1, unit.units) * even;
   const int64_t blocks = (unit.units + in_block - 1) / in_block;
   const int64_t wanted = 4 * torch::stable::get_num_threads();
   const int64_t bands = std::clamp<int64_t>((wanted + s.n * blocks - 1) / (s.n * blocks), 1, (s.p + 3) / 4);
-  for_each_item(s.n * blocks * bands, s.n * s.p * s.q * s.k * (s.c / groups) * s.r * s.s, [&](int64_t item) {
+  for_each_item(s.n * blocks * bands, s.n * s.p * s.q * s.k * (s.c / s.groups) * s.r * s.s, [&](int64_t item) {
     const int64_t band = item % bands, block = item / bands % blocks, n = item / bands / blocks;
     const int64_t begin = block * in_block, end = std::min(unit.units, begin + in_block);
     const Scratch<InputRing> scratch(kernels().conv_grouped_scratch(s, end - begin));
     kernels().conv_grouped(conv, n, s.p * band / bands, s.p * (band + 1) / bands, begin, end, scratch.bytes());
   });
-  return conv.result();
 }
 
 }  // namespace resnet_fast

@@ -100,17 +100,22 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   const ConvShape s = conv_shape(input, bias, 3, 3, ones, padding, ones, 1);
   int64_t m = 2;
   while (m < 5 && (m + 2) * (m + 2) != packed_weight.size(1)) ++m;
-  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel, size = m + 2;
-  const int64_t row_length = (s.c + width - 1) / width * width;
+  const int64_t width = kernels().vector_width, size = m + 2;
   const bool pairs = packed_weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t value_bytes = pairs ? 2 : 4;
   STD_TORCH_CHECK(packed_weight.dim() == 3 && packed_weight.size(1) == size * size &&
                       packed_weight.size(2) == s.c + (pairs ? s.c % 2 : 0) &&
                       packed_weight.size(0) == (s.k + width - 1) / width * width,
                   "packed_weight must come from _pack_winograd for this input and bias");
   const ConvCall conv(s, input, packed_weight, bias, residual, relu);
-  if (s.n == 0) return {conv.result(), true};
+  const bool finite = s.n == 0 || run_conv_winograd(conv, m);
+  return {conv.result(), finite};
+}
 
+bool run_conv_winograd(const Conv& conv, int64_t m) {
+  const ConvShape& s = conv.shape;
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel, size = m + 2;
+  const int64_t row_length = (s.c + width - 1) / width * width;
+  const int64_t value_bytes = bytes_of(conv.weight_type);
   const Kernels& run = kernels();
   const int64_t work = s.n * s.p * s.q * s.k * s.c * (size * size) / (m * m);
   const int64_t tiles = s.n * ((s.p + m - 1) / m) * ((s.q + m - 1) / m);
@@ -133,7 +138,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
       run.winograd_input(conv, m, begin, end, transformed.bytes(), stride);
       for (int64_t i = 0; i < panels; ++i) panel_of(transformed.bytes(), stride, begin, end, i * panel);
     });
-    return {conv.result(), finite.load()};
+    return finite.load();
   }
   for (int64_t begin = 0; begin < tiles; begin += most_tiles) {
     const int64_t count = std::min(tiles - begin, most_tiles), stride = run.winograd_input_stride(s, count);
@@ -149,7 +154,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
       panel_of(transformed + first * row_bytes, stride, begin + first, begin + last, item / splits * panel);
     });
   }
-  return {conv.result(), finite.load()};
+  return finite.load();
 }
 
 }  // namespace resnet_fast

@@ -70,6 +70,7 @@ struct Conv {
   K(void, add_relu_f32, (const float* a, const float* b, float* out, int64_t n))                                       \
   K(void, add_relu_bf16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                             \
   K(void, add_relu_f16, (const uint16_t* a, const uint16_t* b, uint16_t* out, int64_t n))                              \
+  K(void, widen, (const void* from, Storage type, float* to, int64_t n)) /* 16-bit values */                           \
   K(bool, all_finite_32, (const uint32_t* x, int64_t n, uint32_t exponent_mask))                                       \
   K(bool, all_finite_16, (const uint16_t* x, int64_t n, uint16_t exponent_mask))                                       \
   K(void, conv_row, (const ConvRow& row))                                                                              \

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -72,6 +73,14 @@ torch::stable::Tensor max_pool_cpu(const torch::stable::Tensor& input, std::vect
 
 // [N, C]: means over height and width.
 torch::stable::Tensor avg_pool_flatten_cpu(const torch::stable::Tensor& input);
+
+// Runs the steps of a plan, [steps][fields] of int64 as run_plan.cpp describes them, on `maps`. Adds the time that each
+// took to `seconds` [steps]. The number of the first step whose result Winograd's algorithm could not compute, with all
+// behind it left out, or -1.
+int64_t run_plan(const torch::stable::Tensor& steps, std::vector<torch::stable::Tensor> constants,
+                 std::vector<torch::stable::Tensor> maps, const std::optional<torch::stable::Tensor>& seconds);
+// The names of a step's fields, "|", and those of its kinds.
+std::string plan_format();
 
 // True if no element is NaN or infinite. `input` must be dense (any order of dimensions).
 bool all_finite(const torch::stable::Tensor& input);

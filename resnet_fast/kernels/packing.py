@@ -9,6 +9,7 @@ ResNet-18 at batch 1 takes 330 ms instead of 33 ms on 2 Zen 3 cores).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def fold(
     return weight.float() * scale.view(-1, 1, 1, 1), shift
 
 
-def _compute_dtype(folded: Tensor, dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(folded: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype oneDNN computes in: the model's own where this CPU has it and the folded filters keep their precision.
 
     A float16 filter whose largest element is below 2^-10 loses bits to subnormals, above 2^15 it may overflow.
@@ -87,6 +88,25 @@ def pack_few_channels(weight: Tensor, dilation: list[int], bfloat16: bool) -> Te
     if dilation[1] == 1:
         weight = weight.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(3)  # [K, S * C, R, 1]
     return torch.ops.resnet_fast._pack_gemm(weight, 1, bfloat16)
+
+
+def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tensor:
+    """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every input shape."""
+    if kernel.name == "winograd":
+        return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
+    if kernel.name == "depthwise":
+        return folded.squeeze(1).permute(1, 2, 0).contiguous()  # [R, S, C]
+    if kernel.name == "grouped":
+        return torch.ops.resnet_fast._pack_grouped(folded, geometry.groups)
+    if kernel.name == "gemm":
+        return torch.ops.resnet_fast._pack_gemm(folded, geometry.groups, kernel.bfloat16)
+    return pack_few_channels(folded, geometry.dilation, kernel.bfloat16)
+
+
+def pack_for_onednn(folded: Tensor, geometry: Geometry, input_shape: Sequence[int]) -> Tensor:
+    """The weight [K, C / groups, R, S], in the dtype to compute in, in oneDNN's layout for inputs of this shape."""
+    stride, padding, dilation, groups = geometry
+    return torch.ops.mkldnn._reorder_convolution_weight(folded, padding, stride, dilation, groups, input_shape)
 
 
 @dataclass
@@ -110,7 +130,7 @@ class FoldedConv:
         """``parameters`` as `fold` takes them; ``dtype`` is that of the activations."""
         weight, bias = fold(*parameters)
         usable = torch.ops.resnet_fast._all_finite(weight) and torch.ops.resnet_fast._all_finite(bias)
-        dtype = _compute_dtype(weight, dtype)
+        dtype = compute_dtype(weight, dtype)
         return cls(bias, dtype, geometry, has_residual, usable)
 
     def tensors(self) -> list[Tensor]:
@@ -143,20 +163,10 @@ class FoldedConv:
         for other in list(self.packed.values()):  # ours have one layout for all shapes
             if other.kernel == kernel:
                 return other.weight
-        folded = fold(*parameters)[0].contiguous()
-        if kernel.name == "winograd":
-            return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
-        if kernel.name == "depthwise":
-            return folded.squeeze(1).permute(1, 2, 0).contiguous()  # [R, S, C]
-        if kernel.name == "grouped":
-            return torch.ops.resnet_fast._pack_grouped(folded, self.geometry.groups)
-        if kernel.name == "gemm":
-            return torch.ops.resnet_fast._pack_gemm(folded, self.geometry.groups, kernel.bfloat16)
-        return pack_few_channels(folded, self.geometry.dilation, kernel.bfloat16)
+        return pack_weight(fold(*parameters)[0].contiguous(), kernel, self.geometry)
 
     def _in_onednn_layout(self, folded: Tensor, input_shape: torch.Size) -> Tensor:
-        stride, padding, dilation, groups = self.geometry
-        weight = torch.ops.mkldnn._reorder_convolution_weight(folded, padding, stride, dilation, groups, input_shape)
+        weight = pack_for_onednn(folded, self.geometry, input_shape)
         layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
         for other in list(self.packed.values()):
             if other.kernel.name == "onednn" and torch.equal(

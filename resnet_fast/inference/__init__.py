@@ -1,0 +1,3 @@
+from .model import OptimizedModel, optimize_for_inference
+
+__all__ = ["OptimizedModel", "optimize_for_inference"]

@@ -1,0 +1,624 @@
+"""The plan for one shape of the inputs: which kernel runs each step, where each map lies, and the code that runs them.
+
+A map is what a kernel reads or writes. Maps that live at different times share memory; a residual that nothing reads
+afterwards is overwritten by the sum. The first steps, whose maps are large and whose weights are small, run a few images
+at a time, so that what one writes is still in the cache when the next one reads it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
+from ..kernels.packing import compute_dtype
+from . import fuse, memory
+from .capture import Captured, is_fresh
+from .fuse import FUSED_DTYPES, Conv, Step, value_of
+from .program import Row, run_plan, to_tensor, type_number
+from .weights import PackedConv, Weights, fold, is_usable
+
+_aten = torch.ops.aten
+_onednn = torch.ops.resnet_fast._conv_onednn.default
+
+
+class NotFinite(Exception):
+    """A result of Winograd's algorithm is not finite: the plan without it must run."""
+
+
+@dataclass
+class Place:
+    """Where a node's value lies: in a map of the arena, or in a variable of the generated code."""
+
+    size: tuple[int, int, int, int]  # [N, C, H, W]; a matrix has H = W = 1
+    dtype: torch.dtype
+    map: memory.Map | None = None
+    variable: str = ""
+
+    def image_bytes(self) -> int:
+        return prod(self.size[1:]) * self.dtype.itemsize
+
+
+@dataclass
+class Kernel:
+    """A call of a kernel in csrc/cpu/."""
+
+    step: Step
+    kind: str
+    input: Place
+    output: Place
+    fields: dict[str, int]
+    residual: Place | None = None
+    packed: PackedConv | None = None
+    choice: ConvKernel | None = None
+
+    def places(self) -> list[Place]:
+        return [p for p in (self.input, self.residual, self.output) if p is not None]
+
+
+@dataclass
+class Code:
+    """A line of Python; ``reads``: the maps that it, or what it makes, looks at."""
+
+    step: Step | None
+    text: str
+    reads: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What `explain` says of a step beside its time."""
+
+    name: str
+    kernel: str
+    ours: bool
+    size: tuple[int, ...]  # of the result
+    flops: int
+    reason: str
+
+
+class Plan:
+    """What runs for one shape. ``keys``: of the packed weights that it uses."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        weights: Weights,
+        channels_last: bool,
+        winograd: bool = True,
+    ) -> None:
+        builder = _Builder(captured, weights, channels_last, winograd)
+        self.keys = builder.keys
+        self.layers = builder.layers
+        self.arena_bytes = builder.arena_bytes
+        self.views = builder.views
+        self.code = builder.code(timed=False)
+        self._run = builder.compile(self.code)
+        self._builder = builder
+        self._idle: list[tuple[Tensor, list[Tensor]]] = []
+
+    def run(self, inputs: tuple[Tensor, ...]) -> list[Any]:
+        """The outputs, none of which lies in the arena. Raises NotFinite."""
+        try:
+            buffers = self._idle.pop()
+        except IndexError:
+            buffers = self._new_buffers()
+        try:
+            return self._run(*buffers, None, *inputs)
+        finally:
+            if len(self._idle) < MOST_BUFFERS:
+                self._idle.append(buffers)
+
+    def timed(self, inputs: tuple[Tensor, ...]) -> dict[int, float]:
+        """Runs once; seconds of each layer, by its number. Raises NotFinite."""
+        seconds: dict[int, float] = defaultdict(float)
+        if not hasattr(self, "_run_timed"):
+            self._run_timed = self._builder.compile(self._builder.code(timed=True))
+        times = [torch.zeros(len(rows), dtype=torch.float64) for rows in self._builder.segments]
+        self._run_timed(*self._new_buffers(), (times, seconds), *inputs)
+        for rows, time_of in zip(self._builder.segments, times, strict=True):
+            for (layer, _), value in zip(rows, time_of.tolist(), strict=True):
+                seconds[layer] += value
+        return seconds
+
+    def _new_buffers(self) -> tuple[Tensor, list[Tensor]]:
+        arena = torch.empty(max(1, self.arena_bytes), dtype=torch.uint8)
+        return arena, [view(arena) for view in self.views]
+
+    def idle_buffers(self) -> int:
+        return len(self._idle)
+
+
+# Sets of buffers kept for later calls, as many as threads have used at a time.
+MOST_BUFFERS = 8
+
+
+def _four(shape: torch.Size) -> tuple[int, int, int, int]:
+    return (*shape, *[1] * (4 - len(shape)))
+
+
+class _Builder:
+    def __init__(self, captured: Captured, weights: Weights, channels_last: bool, winograd: bool) -> None:
+        self.captured, self.weights, self.winograd = captured, weights, winograd
+        self.channels_last = channels_last
+        self.items: list[Kernel | Code] = []
+        self.where: dict[fx.Node, Place] = {}
+        self.aliases: dict[fx.Node, set[int]] = {}  # maps, by id, whose memory a variable may share
+        self.maps: dict[int, memory.Map] = {}
+        self.names: dict[str, Any] = {"run": _run, "empty": torch.empty_strided, "clock": time.perf_counter}
+        self.keys: set[tuple] = set()
+        self.layers: list[Layer] = []
+        self.layer_of: dict[int, int] = {}  # by id of the step
+        self.views: list[Callable[[Tensor], Tensor]] = []
+        self.view_of: dict[tuple, str] = {}
+        self.allocations: list[str] = []
+        self.inputs = [f"x{i}" for i in range(len(captured.inputs))]
+        for node, name in zip(captured.inputs, self.inputs, strict=True):
+            self.where[node] = Place(_four(value_of(node).shape), value_of(node).dtype, variable=name)
+
+        steps = self._pooled(fuse.fuse(captured, is_usable))
+        self.steps = steps
+        self.outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
+        for step in steps:
+            self._lower(step)
+        self.results = [self._result(o) for o in captured.outputs]
+        self._place()
+        self.segments: list[list[tuple[int, Row]]] = []
+        self._lines = self._assemble()
+
+    # From steps to items
+
+    def _choose(self, conv: Conv) -> ConvKernel:
+        size, out = self._sizes(conv)
+        weight = value_of(conv.weight)
+        weight_size = [weight.shape[0], weight[0].numel() // prod(conv.kernel), *conv.kernel]
+        dtype = value_of(conv.output).dtype
+        if dtype == torch.float16:  # whether oneDNN may take it depends on the values
+            dtype = compute_dtype(fold(self.captured.constants[conv.weight], conv.affine)[0].reshape(weight_size), dtype)
+        kernel = choose_conv_on_cpu(
+            size, weight_size, out, conv.stride, conv.padding, conv.dilation, conv.groups, len(conv.inputs) > 1, dtype
+        )
+        if kernel.name == "winograd" and not self.winograd:
+            return ConvKernel("gemm", bfloat16=kernel.bfloat16)
+        return kernel
+
+    def _sizes(self, conv: Conv) -> tuple[list[int], list[int]]:
+        """Of its input and of the convolution's result, without the pooling behind it."""
+        size = _four(value_of(conv.inputs[0]).shape)
+        last = conv.parts[-1]
+        return list(size), list(_four(value_of(last).shape))
+
+    def _pooled(self, steps: list[Step]) -> list[Step]:
+        """Max-pooling right behind a first layer becomes a part of it."""
+        readers: dict[fx.Node, int] = {}
+        for step in steps:
+            for node in step.inputs:
+                readers[node] = readers.get(node, 0) + 1
+        outputs = {o for o in self.captured.outputs if isinstance(o, fx.Node)}
+        made_by = {step.output: step for step in steps}
+        found = []
+        for step in steps:
+            conv = made_by.get(step.inputs[0]) if isinstance(step, fuse.MaxPool) else None
+            alone = isinstance(conv, Conv) and readers[conv.output] == 1 and conv.output not in outputs
+            if alone and conv.relu and self._choose(conv).name == "few channels":
+                found.remove(conv)
+                pool = (step.kernel_size, step.stride, step.padding)
+                found.append(replace(conv, output=step.output, pool=pool))
+            else:
+                found.append(step)
+        return found
+
+    def _lower(self, step: Step) -> None:
+        self.layer_of[id(step)] = len(self.layers)
+        if isinstance(step, Conv):
+            self._conv(step)
+        elif isinstance(step, fuse.MaxPool):
+            self._max_pool(step)
+        elif isinstance(step, fuse.AvgPool):
+            n, c, h, w = _four(value_of(step.inputs[0]).shape)
+            self._kernel(step, "avg_pool", self._operand(step.inputs[0]), None, {"p": 1, "q": 1, "k": c})
+        elif isinstance(step, fuse.AddRelu):
+            a, b = (self._operand(node) for node in step.inputs)
+            _, c, h, w = a.size
+            self._kernel(step, "add_relu", a, b, {"p": h, "q": w, "k": c})
+        elif isinstance(step, fuse.View) and self._in_map(step.inputs[0]):
+            before = self.where[step.inputs[0]]
+            self.where[step.output] = replace(before, size=_four(value_of(step.output).shape))
+            return
+        else:
+            self._torch(step)
+
+    def _in_map(self, node: fx.Node) -> bool:
+        return self.where[node].map is not None
+
+    def _say(self, step: Step, kernel: str, ours: bool, flops: int = 0, reason: str = "") -> None:
+        value = value_of(step.output)
+        size = tuple(value.shape) if isinstance(value, Tensor) else ()
+        self.layers.append(Layer(step.name, kernel, ours, size, flops, reason))
+
+    def _kernel(
+        self, step: Step, kind: str, input: Place, residual: Place | None, fields: dict[str, int], words: str = "",
+        flops: int = 0, packed: PackedConv | None = None,
+    ) -> None:  # fmt: skip
+        output = self._new_place(value_of(step.output))
+        self.where[step.output] = output
+        self.items.append(Kernel(step, kind, input, output, fields, residual, packed))
+        self._say(step, words or kind.replace("_", " "), True, flops)
+
+    def _new_place(self, value: Tensor, dtype: torch.dtype | None = None) -> Place:
+        dtype = dtype or value.dtype
+        m = memory.Map(value.numel() * dtype.itemsize, len(self.items), len(self.items))
+        self.maps[id(m)] = m
+        return Place(_four(value.shape), dtype, m)
+
+    def _operand(self, node: fx.Node) -> Place:
+        """The value as kernels take it: dense, in channels_last."""
+        place = self.where[node]
+        if place.map is not None or place.variable.startswith("d_"):
+            return place
+        name = f"d_{node.name}"
+        dense = ".contiguous(memory_format=channels_last)" if value_of(node).dim() == 4 else ".contiguous()"
+        self.names["channels_last"] = torch.channels_last
+        self.items.append(Code(None, f"{name} = {place.variable}{dense}", self.aliases.get(node, set())))
+        self.where[node] = replace(place, variable=name)
+        return self.where[node]
+
+    def _conv(self, conv: Conv) -> None:
+        size, out = self._sizes(conv)
+        n, c, h, w = size
+        _, k, p, q = out
+        depth = c // conv.groups
+        flops = 2 * n * k * p * q * depth * prod(conv.kernel)
+        kernel = self._choose(conv)
+        dtype = value_of(conv.output).dtype
+        compute = dtype if kernel.name != "onednn" or onednn_runs(dtype) else torch.float32
+        key, packed = self.weights.find(conv, self.captured, kernel, size, compute)
+        self.keys.add(key)
+        if kernel.name == "onednn":
+            return self._conv_onednn(conv, packed, flops)
+
+        few = kernel.name == "few channels"
+        is_input = conv.inputs[0] in self.captured.inputs
+        input = self.where[conv.inputs[0]] if few and is_input else self._operand(conv.inputs[0])
+        if few and input.map is not None:  # this kernel takes a tensor with strides
+            self.aliases[conv.inputs[0]] = {id(input.map)}
+            input = Place(input.size, input.dtype, variable=self._text(conv.inputs[0]))
+        residual = self._operand(conv.inputs[1]) if len(conv.inputs) > 1 else None
+        if kernel.name == "gemm" and prod(conv.kernel) > 1 and dtype != torch.float32 and not kernel.bfloat16:
+            wide = self._new_place(value_of(conv.inputs[0]), torch.float32)
+            self.items.append(Kernel(conv, "widen", input, wide, {"p": h, "q": w, "k": c}))
+            input = wide
+        fields = {"k": k, "p": p, "q": q, "r": conv.kernel[0], "s": conv.kernel[1]}
+        for name in ("stride", "padding", "dilation"):
+            fields[f"{name}_h"], fields[f"{name}_w"] = getattr(conv, name)
+        fields |= {"groups": conv.groups, "relu": int(conv.relu), "tile": kernel.tile}
+        kind = "conv_" + kernel.name.replace(" ", "_")
+        words = str(kernel) + (", max-pooling in the same pass" if conv.pool else "")
+        if conv.pool:
+            kind += "_max_pool"
+            fields |= _pool_fields(*conv.pool)
+            fields["pooled_h"], fields["pooled_w"] = value_of(conv.output).shape[2:]
+        self._kernel(conv, kind, input, residual, fields, words, flops, packed)
+
+    def _conv_onednn(self, conv: Conv, packed: PackedConv, flops: int) -> None:
+        name, i = f"v_{conv.output.name}", len(self.names)
+        self.names |= {f"w{i}": packed.weight, f"b{i}": packed.bias, "onednn": _onednn}
+        reads = [self._text(node) for node in conv.inputs]
+        residual = reads[1] if len(reads) > 1 else None
+        geometry = f"{conv.stride}, {conv.padding}, {conv.dilation}, {conv.groups}, {conv.relu}"
+        self._code(conv, f"{name} = onednn({reads[0]}, w{i}, b{i}, {residual}, {geometry})")
+        self.where[conv.output] = Place(_four(value_of(conv.output).shape), value_of(conv.output).dtype, variable=name)
+        self._say(conv, "oneDNN", False, flops, "faster than ours for this shape")
+
+    def _max_pool(self, step: fuse.MaxPool) -> None:
+        _, k, p, q = value_of(step.output).shape
+        fields = {"k": k, "p": p, "q": q} | _pool_fields(step.kernel_size, step.stride, step.padding)
+        self._kernel(step, "max_pool", self._operand(step.inputs[0]), None, fields)
+
+    def _code(self, step: Step | None, text: str) -> None:
+        reads = set()
+        for node in step.inputs if step else ():
+            place = self.where[node]
+            reads |= {id(place.map)} if place.map is not None else self.aliases.get(node, set())
+        self.items.append(Code(step, text, reads))
+
+    def _text(self, node: fx.Node) -> str:
+        """An expression for the node's value, which may be a view of the arena."""
+        if node in self.captured.constants:
+            name, value = f"c_{node.name}", self.captured.constants[node]
+            wanted = value_of(node)
+            self.names[name] = value.to(wanted.dtype) if isinstance(value, Tensor) else value
+            return name
+        place = self.where[node]
+        if place.map is None:
+            return place.variable
+        key = (id(place.map), node)
+        if key not in self.view_of:
+            self.view_of[key] = f"views[{len(self.views)}]"
+            self.views.append(_view_of(place, value_of(node)))
+        return self.view_of[key]
+
+    def _torch(self, step: Step) -> None:
+        node = step.node if isinstance(step, fuse.Torch) else step.output
+        target = _SAFE_FOR_ANY_STRIDES.get(node.target, node.target)
+        name, function = f"v_{node.name}", f"f_{node.name}"
+        self.names[function] = target
+        convert = ".contiguous()" if node.target in _NEEDS_CONTIGUOUS else ""
+        args = [_literal(a, lambda n: self._text(n) + convert) for a in node.args]
+        args += [f"{key}={_literal(a, self._text)}" for key, a in node.kwargs.items()]
+        self._code(step, f"{name} = {function}({', '.join(args)})")
+        value = value_of(node)
+        size = _four(value.shape) if isinstance(value, Tensor) and value.dim() <= 4 else ()
+        self.where[node] = Place(size, getattr(value, "dtype", None), variable=name)
+        if not is_fresh(node):
+            self.aliases[node] = set(self.items[-1].reads)
+        words = str(getattr(node.target, "__name__", node.target))
+        flops = 0
+        if fuse.is_convolution(node):
+            flops = 2 * value.numel() * value_of(node.args[1])[0].numel()
+        self._say(step, f"torch {words.split('.')[0]}", False, flops, getattr(step, "reason", ""))
+
+    # The result
+
+    def _result(self, output: Any) -> str:
+        """An expression for an output that lies in no arena."""
+        if not isinstance(output, fx.Node):
+            return repr(output)
+        if output in self.captured.constants:
+            return f"{self._text(output)}.clone()"
+        place, value = self.where[output], value_of(output)
+        if place.map is None:
+            return place.variable + (".clone()" if self.aliases.get(output) else "")
+        flat = prod(place.size[2:]) == 1
+        is_viewed = any(key == id(place.map) for key, _ in self.view_of)
+        if (flat or (value.dim() == 4 and self.channels_last)) and not is_viewed:  # the kernel writes it where it stays
+            self._write_outside(place.map, output)
+            return self.where[output].variable
+        layout = "channels_last" if value.dim() == 4 and self.channels_last else "contiguous_format"
+        self.names[layout] = getattr(torch, layout)
+        text = f"{self._text(output)}.clone(memory_format={layout})"
+        self.items.append(Code(None, f"o_{output.name} = {text}", {id(place.map)}))
+        return f"o_{output.name}"
+
+    def _write_outside(self, m: memory.Map, output: fx.Node) -> None:
+        name = f"o_{output.name}"
+        value, place = value_of(output), self.where[output]
+        strides = torch.empty(value.shape, device="meta").stride()
+        if value.dim() == 4:
+            n, c, h, w = value.shape
+            strides = (c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1)
+        self.names["dtypes"] = FUSED_DTYPES
+        dtype = FUSED_DTYPES.index(value.dtype)
+        self.allocations.append(f"{name} = empty({tuple(value.shape)}, {strides}, dtype=dtypes[{dtype}])")
+        for item in self.items:
+            if isinstance(item, Kernel):
+                for p in item.places():
+                    if p.map is m:
+                        p.map, p.variable = None, name
+        for node, p in self.where.items():
+            if p.map is m:
+                p.map, p.variable = None, name
+        place.map, place.variable = None, name
+
+    # Memory
+
+    def _place(self) -> None:
+        self._find_lives()
+        self._reuse_residuals()
+        self.prefix = self._prefix()
+        first, last, images = self.prefix
+        maps = {id(p.map): p for item in self.items if isinstance(item, Kernel) for p in item.places() if p.map}
+        batch = max((p.size[0] for p in maps.values()), default=1)
+        self.whole: set[int] = set()
+        for key, p in maps.items():
+            m = p.map
+            if first <= m.first < last:
+                if m.last < last:
+                    m.size = m.size // batch * min(images, batch)
+                else:
+                    m.first = first
+                    self.whole.add(key)
+            else:
+                self.whole.add(key)
+        self.arena_bytes = memory.place([p.map for p in maps.values()])
+
+    def _find_lives(self) -> None:
+        for m in self.maps.values():
+            m.first, m.last = len(self.items), -1
+        for i, item in enumerate(self.items):
+            if isinstance(item, Kernel):
+                found = [p.map for p in item.places() if p.map is not None]
+                for node in item.step.inputs:
+                    found += [self.maps[key] for key in self.aliases.get(node, ())]
+            else:
+                found = [self.maps[key] for key in item.reads if key in self.maps]
+            for m in found:
+                m.first, m.last = min(m.first, i), max(m.last, i)
+        end = len(self.items)
+        for output in self.outputs:  # a view that is cloned at the very end
+            for key in self.aliases.get(output, ()):
+                self.maps[key].last = end
+
+    def _reuse_residuals(self) -> None:
+        """A residual that is read for the last time is where the sum goes."""
+        self.replaced: dict[int, memory.Map] = {}
+        for i, item in enumerate(self.items):
+            if not isinstance(item, Kernel) or item.residual is None:
+                continue
+            old, new = item.residual.map, item.output.map
+            if old is None or new is None or old.last != i or old is item.input.map or old.size != new.size:
+                continue
+            old.last = new.last
+            for other in self.items:
+                if isinstance(other, Kernel):
+                    for p in other.places():
+                        if p.map is new:
+                            p.map = old
+            for p in self.where.values():
+                if p.map is new:
+                    p.map = old
+            self.replaced[id(new)] = old
+
+    def _prefix(self) -> tuple[int, int, int]:
+        """Items [first, last) that run some images at a time, and how many."""
+        first = 0
+        while first < len(self.items) and isinstance(self.items[first], Code):
+            first += 1
+        last = first
+        while last < len(self.items) and isinstance(self.items[last], Kernel):
+            last += 1
+        return images_together(self.items[first:last], first)
+
+    # The code
+
+    def _row(self, item: Kernel, image: int, images: int, slots: dict[str, int], constants: list[Tensor]) -> Row:
+        n, c, h, w = item.input.size
+        row = Row(item.kind, n=images, c=c, h=h, w=w)
+        row.update(item.fields)
+        row.update({"input_type": type_number(item.input.dtype), "output_type": type_number(item.output.dtype)})
+        for name, p in (("input", item.input), ("residual", item.residual), ("output", item.output)):
+            if p is None:
+                continue
+            base = p.variable or "arena"
+            at = image * p.image_bytes()
+            if p.map is not None:
+                at = p.map.at + (at if id(p.map) in self.whole else 0)
+            row.update({name: slots.setdefault(base, len(slots)), f"{name}_at": at})
+        if item.kind.startswith("conv_few_channels"):
+            row.update({"image": image, "input_at": 0})
+        if item.packed is not None:
+            row.update({"weight": len(constants), "bias": len(constants) + 1})
+            constants += item.packed
+        return row
+
+    def _assemble(self) -> list[tuple[Step | None, str]]:
+        """Lines of code; those of kernels call a segment, whose rows are in ``self.segments``."""
+        lines: list[tuple[Step | None, str]] = []
+        first, last, images = self.prefix
+        i = 0
+        most = max((item.input.size[1] for item in self.items if isinstance(item, Kernel)), default=0)
+        zeros = torch.zeros(most + 64)
+        while i < len(self.items):
+            item = self.items[i]
+            if isinstance(item, Code):
+                lines.append((item.step, item.text))
+                i += 1
+                continue
+            slots: dict[str, int] = {}
+            constants: list[Tensor] = [zeros]
+            seen: dict[int, tuple[int, int]] = {}
+            rows: list[tuple[int, Row]] = []
+
+            def add(item: Kernel, image: int, count: int) -> None:
+                known = seen.get(id(item))
+                row = self._row(item, image, count, slots, constants)  # noqa: B023
+                if known is not None:
+                    row.update({"weight": known[0], "bias": known[1]})
+                    if item.packed is not None:
+                        del constants[-2:]  # noqa: B023
+                elif item.packed is not None:
+                    seen[id(item)] = (row["weight"], row["bias"])  # noqa: B023
+                rows.append((self.layer_of[id(item.step)], row))  # noqa: B023
+
+            if i == first and last > first:
+                batch = item.input.size[0]
+                for image in range(0, batch, images):
+                    for part in self.items[first:last]:
+                        add(part, image, min(images, batch - image))
+                i = last
+            while i < len(self.items) and isinstance(self.items[i], Kernel):
+                add(self.items[i], 0, self.items[i].input.size[0])
+                i += 1
+            s = len(self.segments)
+            self.segments.append(rows)
+            self.names |= {f"steps{s}": to_tensor([row for _, row in rows]), f"constants{s}": constants}
+            maps = ", ".join(slots)
+            lines.append((None, f"run(steps{s}, constants{s}, [{maps}], seconds and seconds[0][{s}])"))
+        return lines
+
+    def code(self, timed: bool) -> str:
+        """The function that runs the plan, as text."""
+        body = list(self.allocations)
+        for step, text in self._lines:
+            if timed and step is not None:
+                layer = self.layer_of[id(step)]
+                body += ["start = clock()", text, f"seconds[1][{layer}] += clock() - start"]
+            else:
+                body.append(text)
+        body.append(f"return [{', '.join(self.results)}]")
+        arguments = ", ".join(["arena", "views", "seconds", *self.inputs])
+        return "\n    ".join([f"def plan({arguments}):", *body]) + "\n"
+
+    def compile(self, code: str) -> Callable:
+        scope = dict(self.names)
+        exec(compile(code, "<plan of resnet_fast>", "exec"), scope)
+        return scope["plan"]
+
+
+def images_together(items: list[Kernel], first: int) -> tuple[int, int, int]:
+    """How many of the first kernels run some images at a time, and how many images; (first item, last item, images)."""
+    import os
+
+    batch = items[0].input.size[0] if items else 1
+    last = first
+    limit = int(os.environ.get("RF_PIX", "0"))
+    for i, item in enumerate(items):
+        if item.output.size[2] * item.output.size[3] < limit or item.output.size[0] != batch:
+            break
+        last = first + i + 1
+    return first, last, int(os.environ.get("RF_IMAGES", "1"))
+
+
+def _run(steps: Tensor, constants: list[Tensor], maps: list[Tensor], seconds: Tensor | None) -> None:
+    if run_plan(steps, constants, maps, seconds) >= 0:
+        raise NotFinite
+
+
+def _pool_fields(kernel_size: list[int], stride: list[int], padding: list[int]) -> dict[str, int]:
+    sizes = {"kernel": kernel_size, "stride": stride, "padding": padding}
+    return {f"pool_{name}_{d}": pair[i] for name, pair in sizes.items() for i, d in enumerate("hw")}
+
+
+# A map in channels_last has no view as one dimension.
+_SAFE_FOR_ANY_STRIDES = {
+    _aten.view.default: _aten.reshape.default,
+    _aten._unsafe_view.default: _aten.reshape.default,
+}
+_NEEDS_CONTIGUOUS = {_aten.as_strided.default}
+
+
+def _literal(value: Any, text: Callable[[fx.Node], str]) -> str:
+    if isinstance(value, fx.Node):
+        return text(value)
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_literal(v, text) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
+    if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+        return f"__import__('torch').{str(value).removeprefix('torch.')}"
+    if isinstance(value, torch.device):
+        return repr(str(value))
+    if isinstance(value, float) and not torch.tensor(value).isfinite():
+        return f"float('{value}')"
+    return repr(value)
+
+
+def _view_of(place: Place, value: Tensor) -> Callable[[Tensor], Tensor]:
+    """A view of the arena, made once for each set of buffers."""
+    shape, dtype = tuple(value.shape), place.dtype
+
+    def view(arena: Tensor) -> Tensor:
+        n, c, h, w = place.size
+        size = n * c * h * w * dtype.itemsize
+        flat = arena[place.map.at : place.map.at + size].view(dtype)
+        if len(shape) == 4:
+            return flat.as_strided(shape, (c * h * w, 1, w * c, c))
+        return flat.view(shape)
+
+    return view
