@@ -111,7 +111,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
     if backend == "cpu":
         if operator in ("add_relu", "max_pool", "avg_pool_flatten"):
             return f"C++ {cpu_level()}"
-        in_bfloat16 = dtype == torch.bfloat16 and _multiplies_bfloat16()
+        in_bfloat16 = dtype == torch.bfloat16 and multiplies_bfloat16()
         if dtype != torch.float32 and onednn_runs(dtype) and not in_bfloat16:
             return "oneDNN"
         in_float32 = "" if dtype == torch.float32 or in_bfloat16 else " in float32"
@@ -208,7 +208,7 @@ def _winograd_cost(kernel: ConvKernel, outputs: Sequence[int], channels: int, fi
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether our kernels multiply bfloat16 and nothing here does it faster: oneDNN has the tiles of AMX."""
     return torch.ops.resnet_fast._multiplies_bf16() and not torch.cpu._is_amx_tile_supported()
 
@@ -228,12 +228,12 @@ def choose_conv_on_cpu(
 
     input_size [N, C, H, W], weight_size [K, C / groups, R, S], output_size [N, K, P, Q]. ``dtype`` is the activations'.
     """
-    k, c, r, s = weight_size
+    k, c = weight_size[:2]
     if _onednn_errs(weight_size, padding, dilation, groups, dtype):
         onednn, in_16_bit = ConvKernel("gemm"), False
     else:
         onednn, in_16_bit = ConvKernel("onednn"), dtype != torch.float32 and onednn_runs(dtype)
-    in_bfloat16 = dtype == torch.bfloat16 and _multiplies_bfloat16()
+    in_bfloat16 = dtype == torch.bfloat16 and multiplies_bfloat16()
     if in_16_bit and not in_bfloat16:
         return onednn  # ours compute in float32
     if not has_residual and has_few_channels(weight_size, groups):
@@ -246,16 +246,32 @@ def choose_conv_on_cpu(
         return ConvKernel("grouped") if fast else onednn
     if min(c, k) < _vector_width():
         return onednn
-    kernels = [ConvKernel("gemm", bfloat16=in_bfloat16)]
+    costs = conv_costs(weight_size, output_size, stride, dilation, in_bfloat16)
+    return min(costs, key=costs.__getitem__)
+
+
+def conv_costs(
+    weight_size: Sequence[int],
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    in_bfloat16: bool,
+) -> dict[ConvKernel, float]:
+    """The kernels of ours for a convolution without groups, and the time of each in multiplications of float32 per
+    channel and filter.
+
+    weight_size [K, C, R, S], output_size [N, K, P, Q]; ``in_bfloat16``: they multiply pairs of bfloat16.
+    """
+    k, c, r, s = weight_size
     n, _, p, q = output_size
-    costs = [9 * (n * p * q + _STREAMING) * (0.5 if in_bfloat16 else 1.0)]
+    gemm = ConvKernel("gemm", bfloat16=in_bfloat16)
+    costs = {gemm: r * s * (n * p * q + _STREAMING) * (0.5 if in_bfloat16 else 1.0)}
     if r == s == 3 and max(*stride, *dilation) == 1:
         winograd = [ConvKernel("winograd", tile) for tile in (4, 5, 2)]
         if in_bfloat16:
             winograd.append(ConvKernel("winograd", 2, bfloat16=True))
-        kernels += winograd
-        costs += [_winograd_cost(kernel, (n, p, q), c, k) for kernel in winograd]
-    return kernels[costs.index(min(costs))]
+        costs |= {kernel: _winograd_cost(kernel, (n, p, q), c, k) for kernel in winograd}
+    return costs
 
 
 def _onednn_errs(

@@ -525,7 +525,7 @@ def test_groups_that_win_in_16_bits(monkeypatch):
     """Ours computes in float32, oneDNN in bfloat16 where the CPU does."""
     monkeypatch.setattr(choose, "cpu_level", lambda: "avx512_bf16")
     monkeypatch.setattr(choose, "onednn_runs", lambda dtype: dtype != torch.float16)
-    monkeypatch.setattr(choose, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(choose, "multiplies_bfloat16", lambda: True)
 
     def chosen(c, stride, dtype):
         sizes = ((1, 32 * c, 14, 14), (32 * c, c, 3, 3), (1, 32 * c, 14, 14))
@@ -539,7 +539,7 @@ def test_groups_that_win_in_16_bits(monkeypatch):
 
 def test_depthwise_convolutions_that_win_run_in_our_kernel(monkeypatch):
     monkeypatch.setattr(choose, "onednn_runs", lambda dtype: True)
-    monkeypatch.setattr(choose, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(choose, "multiplies_bfloat16", lambda: True)
 
     def chosen(dtype=torch.float32, n=1, c=64, size=28, kernel=3, stride=1, dilation=1, multiplier=1):
         k = c * multiplier

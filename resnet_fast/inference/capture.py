@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from ..backends import use_backend
@@ -45,14 +44,18 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | N
 
     Raises RuntimeError where torch.export cannot follow the model's code, or the model writes into its buffers.
     """
+    from torch.export.graph_signature import OutputKind  # torch.export takes a second to import
+
     subject = model if dtype is None else copy.deepcopy(model).to(dtype)
+    if isinstance(model, fx.GraphModule):
+        subject, model = _Called(subject), _Called(model)
     with _exporting, torch.no_grad(), use_backend("reference"):
         try:
             program = torch.export.export(subject, inputs, strict=False)
         except Exception as error:
             raise RuntimeError(
                 f"optimize_for_inference: torch.export cannot capture {type(model).__name__} for inputs of "
-                f"{[tuple(x.shape) for x in inputs]}: {error}"
+                f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {_first_lines(error)}"
             ) from error
         if not _functionalize(program.graph):
             program = program.run_decompositions({})
@@ -63,6 +66,22 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | N
                 f"optimize_for_inference: the model must not change while it runs, but it writes into {spec.target!r}"
             )
     return _simplified(program, dict(_state(model)))
+
+
+class _Called(nn.Module):
+    """A GraphModule by its code: torch.export would interpret its graph, which returns other classes of containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.graph_module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.graph_module(*inputs)
+
+
+def _first_lines(error: Exception) -> str:
+    """What is wrong, without the pages of advice that torch.export appends."""
+    return str(error).strip().partition("\n\n")[0]
 
 
 def _state(model: nn.Module):
@@ -120,6 +139,8 @@ def _writes(node: fx.Node) -> bool:
 
 def _simplified(program: torch.export.ExportedProgram, state: dict[str, Tensor]) -> Captured:
     """The graph with constants computed, and without copies and checks of what is known."""
+    from torch.export.graph_signature import InputKind, OutputKind
+
     graph, signature = program.graph, program.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     constants, names, inputs = {}, {}, []
@@ -129,7 +150,7 @@ def _simplified(program: torch.export.ExportedProgram, state: dict[str, Tensor])
         spec = specs[node.name]
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             constants[node] = state[spec.target].detach()
-            names[node] = spec.target
+            names[node] = spec.target.removeprefix("graph_module.")
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constants[node] = program.constants[spec.target].detach()
         elif isinstance(node.meta.get("val"), Tensor):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.arguments import pair
-from .capture import Captured, is_fresh
+from .capture import Captured
 
 _aten = torch.ops.aten
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ def layer_name(node: fx.Node) -> str:
     """The path of the module that a node comes from, or the operator's name."""
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0] if stack else ""
-    return str(path).removeprefix("L['self'].") or node.name
+    return str(path).removeprefix("L['self'].").removeprefix("graph_module.") or node.name
 
 
 def fuse(captured: Captured, is_usable: Callable[[Tensor, Affine], bool]) -> list[Step]:
@@ -119,8 +119,17 @@ class _Fuser:
         for node in self.graph.nodes:
             if node.op == "call_function" and node in self.needed and node not in self.done | self.constants.keys():
                 found.append(self._step(node))
-        found = [step for step in found if step is not None]
-        return sorted(found, key=lambda step: self.order[step.output])
+        found.sort(key=lambda step: self.order[step.output])
+        return self._without_dead(found)
+
+    def _without_dead(self, steps: list[Step]) -> list[Step]:
+        """Without what no step and no output reads any more: a flattening that a linear layer has undone."""
+        read, kept = set(self.outputs), []
+        for step in reversed(steps):
+            if step.output in read:
+                kept.append(step)
+                read.update(step.inputs)
+        return kept[::-1]
 
     def _needed(self) -> set[fx.Node]:
         needed, todo = set(), list(self.outputs)
@@ -131,7 +140,7 @@ class _Fuser:
                 todo += node.all_input_nodes
         return needed
 
-    def _step(self, node: fx.Node) -> Step | None:
+    def _step(self, node: fx.Node) -> Step:
         if node.target is operator.getitem and isinstance(value_of(node.args[0]), (list, tuple)):
             return Torch(layer_name(node), node, [node.args[0]], node, "")
         for attempt in (self._conv, self._linear, self._max_pool, self._avg_pool, self._add_relu, self._view):
@@ -283,10 +292,8 @@ class _Fuser:
         if node.target is not _aten.max_pool2d.default:
             return None
         defaults = ([], 0, 1, False)
-        x, kernel_size, stride, padding, dilation, ceil_mode = (*node.args, *defaults[len(node.args) - 2 :])
-        if ceil_mode or pair("max_pool", "dilation", dilation) != [1, 1] or not _is_map(x):
-            return None
-        if 0 in value_of(node).shape:
+        x, kernel_size, stride, padding, dilation, _ = (*node.args, *defaults[len(node.args) - 2 :])
+        if pair("max_pool", "dilation", dilation) != [1, 1] or not _is_map(x) or 0 in value_of(node).shape:
             return None
         sizes = [pair("max_pool", "", v) for v in (kernel_size, stride or kernel_size, padding)]
         return MaxPool(layer_name(node), node, [x], *sizes)
@@ -317,7 +324,9 @@ class _Fuser:
         return AddRelu(layer_name(node), user, [a, b])
 
     def _view(self, node: fx.Node) -> View | None:
-        """Between [N, C] and [N, C, 1, 1], which lie alike in memory."""
+        """What changes nothing in memory, such as between [N, C] and [N, C, 1, 1]."""
+        if node.target is _aten.adaptive_avg_pool2d.default and value_of(node).shape == value_of(node.args[0]).shape:
+            return View(layer_name(node), node, [node.args[0]])  # every mean is of one pixel
         if not _is_reshape(node) or value_of(node).dtype not in FUSED_DTYPES:
             return None
         before, after = value_of(node.args[0]).shape, value_of(node).shape

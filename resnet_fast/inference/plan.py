@@ -1,8 +1,8 @@
 """The plan for one shape of the inputs: which kernel runs each step, where each map lies, and the code that runs them.
 
 A map is what a kernel reads or writes. Maps that live at different times share memory; a residual that nothing reads
-afterwards is overwritten by the sum. The first steps, whose maps are large and whose weights are small, run a few images
-at a time, so that what one writes is still in the cache when the next one reads it.
+afterwards is overwritten by the sum. The first steps, whose maps are large and whose weights are small, may run a few
+images at a time, so that what one writes is still in the cache when the next one reads it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
+from ..choose import ConvKernel, choose_conv_on_cpu, conv_costs, multiplies_bfloat16, onednn_runs
 from ..kernels.packing import compute_dtype
 from . import fuse, memory
 from .capture import Captured, is_fresh
@@ -84,6 +84,14 @@ class Layer:
     reason: str
 
 
+class Options(NamedTuple):
+    """channels_last: of results; winograd: may be used; weight_memory: bytes that its weights may take, or None."""
+
+    channels_last: bool
+    winograd: bool = True
+    weight_memory: int | None = None
+
+
 class Plan:
     """What runs for one shape. ``keys``: of the packed weights that it uses."""
 
@@ -91,10 +99,10 @@ class Plan:
         self,
         captured: Captured,
         weights: Weights,
-        channels_last: bool,
-        winograd: bool = True,
+        options: Options,
     ) -> None:
-        builder = _Builder(captured, weights, channels_last, winograd)
+        builder = _Builder(captured, weights, options)
+        self.out_spec = captured.out_spec
         self.keys = builder.keys
         self.layers = builder.layers
         self.arena_bytes = builder.arena_bytes
@@ -140,14 +148,30 @@ class Plan:
 MOST_BUFFERS = 8
 
 
+def _rounds_down(pool: fuse.MaxPool) -> bool:
+    """Whether the result has the size that it has without ceil_mode."""
+    sizes = zip(value_of(pool.inputs[0]).shape[2:], pool.kernel_size, pool.stride, pool.padding, strict=True)
+    return list(value_of(pool.output).shape[2:]) == [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
+
+
+def _weight_size(conv: Conv) -> list[int]:
+    """[K, C / groups, R, S], of linear layers too."""
+    weight = value_of(conv.weight)
+    return [weight.shape[0], weight[0].numel() // prod(conv.kernel), *conv.kernel]
+
+
+def _pairs_of_bfloat16(conv: Conv) -> bool:
+    return value_of(conv.output).dtype == torch.bfloat16 and multiplies_bfloat16()
+
+
 def _four(shape: torch.Size) -> tuple[int, int, int, int]:
     return (*shape, *[1] * (4 - len(shape)))
 
 
 class _Builder:
-    def __init__(self, captured: Captured, weights: Weights, channels_last: bool, winograd: bool) -> None:
-        self.captured, self.weights, self.winograd = captured, weights, winograd
-        self.channels_last = channels_last
+    def __init__(self, captured: Captured, weights: Weights, options: Options) -> None:
+        self.captured, self.weights, self.options = captured, weights, options
+        self.channels_last = options.channels_last
         self.items: list[Kernel | Code] = []
         self.where: dict[fx.Node, Place] = {}
         self.aliases: dict[fx.Node, set[int]] = {}  # maps, by id, whose memory a variable may share
@@ -163,8 +187,9 @@ class _Builder:
         for node, name in zip(captured.inputs, self.inputs, strict=True):
             self.where[node] = Place(_four(value_of(node).shape), value_of(node).dtype, variable=name)
 
-        steps = self._pooled(fuse.fuse(captured, is_usable))
-        self.steps = steps
+        steps = fuse.fuse(captured, is_usable)
+        self.chosen = self._choose_all([step for step in steps if isinstance(step, Conv)])
+        self.steps = steps = self._pooled(steps)
         self.outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
         for step in steps:
             self._lower(step)
@@ -176,18 +201,53 @@ class _Builder:
     # From steps to items
 
     def _choose(self, conv: Conv) -> ConvKernel:
+        """The fastest kernel."""
         size, out = self._sizes(conv)
-        weight = value_of(conv.weight)
-        weight_size = [weight.shape[0], weight[0].numel() // prod(conv.kernel), *conv.kernel]
+        weight_size = _weight_size(conv)
         dtype = value_of(conv.output).dtype
         if dtype == torch.float16:  # whether oneDNN may take it depends on the values
-            dtype = compute_dtype(fold(self.captured.constants[conv.weight], conv.affine)[0].reshape(weight_size), dtype)
+            folded, _ = fold(self.captured.constants[conv.weight], conv.affine)
+            dtype = compute_dtype(folded.reshape(weight_size), dtype)
         kernel = choose_conv_on_cpu(
             size, weight_size, out, conv.stride, conv.padding, conv.dilation, conv.groups, len(conv.inputs) > 1, dtype
         )
-        if kernel.name == "winograd" and not self.winograd:
-            return ConvKernel("gemm", bfloat16=kernel.bfloat16)
+        if kernel.name == "winograd" and not self.options.winograd:
+            return ConvKernel("gemm", bfloat16=_pairs_of_bfloat16(conv))
         return kernel
+
+    def _choose_all(self, convs: list[Conv]) -> dict[int, ConvKernel]:
+        """The kernel of each, by id; Winograd's weights within the bound: whichever saves most time for its bytes."""
+        chosen = {id(conv): self._choose(conv) for conv in convs}
+        most = self.options.weight_memory
+        if most is None:
+            return chosen
+        while True:
+            winograd = [conv for conv in convs if chosen[id(conv)].name == "winograd"]
+            sizes = {id(conv): self._new_bytes(conv, chosen[id(conv)]) for conv in winograd}
+            if sum(sizes.values()) + self.weights.bytes("winograd") <= most or not any(sizes.values()):
+                return chosen
+            changes = [change for conv in winograd for change in self._smaller(conv, chosen[id(conv)])]
+            _, conv, kernel = min(changes, key=lambda change: change[0])
+            chosen[id(conv)] = kernel
+
+    def _new_bytes(self, conv: Conv, kernel: ConvKernel) -> int:
+        if kernel.name != "winograd" or self.weights.has(conv, self.captured, kernel):
+            return 0
+        k, c, *_ = _weight_size(conv)
+        return (kernel.tile + 2) ** 2 * k * c * (2 if kernel.bfloat16 else 4)
+
+    def _smaller(self, conv: Conv, kernel: ConvKernel) -> list[tuple[float, Conv, ConvKernel]]:
+        """Other kernels, with the time lost for every byte won."""
+        k, c, *_ = weight_size = _weight_size(conv)
+        _, out = self._sizes(conv)
+        costs = conv_costs(weight_size, out, conv.stride, conv.dilation, _pairs_of_bfloat16(conv))
+        now = self._new_bytes(conv, kernel)
+        found = []
+        for other, cost in costs.items():
+            won = now - self._new_bytes(conv, other)
+            if won > 0:
+                found.append(((cost - costs[kernel]) * k * c / won, conv, other))
+        return found
 
     def _sizes(self, conv: Conv) -> tuple[list[int], list[int]]:
         """Of its input and of the convolution's result, without the pooling behind it."""
@@ -207,10 +267,11 @@ class _Builder:
         for step in steps:
             conv = made_by.get(step.inputs[0]) if isinstance(step, fuse.MaxPool) else None
             alone = isinstance(conv, Conv) and readers[conv.output] == 1 and conv.output not in outputs
-            if alone and conv.relu and self._choose(conv).name == "few channels":
+            if alone and conv.relu and self.chosen[id(conv)].name == "few channels" and _rounds_down(step):
                 found.remove(conv)
                 pool = (step.kernel_size, step.stride, step.padding)
                 found.append(replace(conv, output=step.output, pool=pool))
+                self.chosen[id(found[-1])] = self.chosen[id(conv)]
             else:
                 found.append(step)
         return found
@@ -222,7 +283,7 @@ class _Builder:
         elif isinstance(step, fuse.MaxPool):
             self._max_pool(step)
         elif isinstance(step, fuse.AvgPool):
-            n, c, h, w = _four(value_of(step.inputs[0]).shape)
+            c = value_of(step.inputs[0]).shape[1]
             self._kernel(step, "avg_pool", self._operand(step.inputs[0]), None, {"p": 1, "q": 1, "k": c})
         elif isinstance(step, fuse.AddRelu):
             a, b = (self._operand(node) for node in step.inputs)
@@ -276,7 +337,7 @@ class _Builder:
         _, k, p, q = out
         depth = c // conv.groups
         flops = 2 * n * k * p * q * depth * prod(conv.kernel)
-        kernel = self._choose(conv)
+        kernel = self.chosen[id(conv)]
         dtype = value_of(conv.output).dtype
         compute = dtype if kernel.name != "onednn" or onednn_runs(dtype) else torch.float32
         key, packed = self.weights.find(conv, self.captured, kernel, size, compute)
@@ -374,15 +435,17 @@ class _Builder:
         if output in self.captured.constants:
             return f"{self._text(output)}.clone()"
         place, value = self.where[output], value_of(output)
-        if place.map is None:
-            return place.variable + (".clone()" if self.aliases.get(output) else "")
+        layout = "channels_last" if value.dim() == 4 and self.channels_last else "contiguous_format"
+        self.names[layout] = getattr(torch, layout)
+        if place.map is None:  # torch's operators follow the layout of their inputs, which are maps in channels_last
+            if self.aliases.get(output):
+                return f"{place.variable}.clone(memory_format={layout})"
+            return f"{place.variable}.contiguous(memory_format={layout})"
         flat = prod(place.size[2:]) == 1
         is_viewed = any(key == id(place.map) for key, _ in self.view_of)
         if (flat or (value.dim() == 4 and self.channels_last)) and not is_viewed:  # the kernel writes it where it stays
             self._write_outside(place.map, output)
             return self.where[output].variable
-        layout = "channels_last" if value.dim() == 4 and self.channels_last else "contiguous_format"
-        self.names[layout] = getattr(torch, layout)
         text = f"{self._text(output)}.clone(memory_format={layout})"
         self.items.append(Code(None, f"o_{output.name} = {text}", {id(place.map)}))
         return f"o_{output.name}"
@@ -392,7 +455,7 @@ class _Builder:
         value, place = value_of(output), self.where[output]
         strides = torch.empty(value.shape, device="meta").stride()
         if value.dim() == 4:
-            n, c, h, w = value.shape
+            _, c, h, w = value.shape
             strides = (c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1)
         self.names["dtypes"] = FUSED_DTYPES
         dtype = FUSED_DTYPES.index(value.dtype)
@@ -402,7 +465,7 @@ class _Builder:
                 for p in item.places():
                     if p.map is m:
                         p.map, p.variable = None, name
-        for node, p in self.where.items():
+        for p in self.where.values():
             if p.map is m:
                 p.map, p.variable = None, name
         place.map, place.variable = None, name
@@ -479,7 +542,7 @@ class _Builder:
     # The code
 
     def _row(self, item: Kernel, image: int, images: int, slots: dict[str, int], constants: list[Tensor]) -> Row:
-        n, c, h, w = item.input.size
+        _, c, h, w = item.input.size
         row = Row(item.kind, n=images, c=c, h=h, w=w)
         row.update(item.fields)
         row.update({"input_type": type_number(item.input.dtype), "output_type": type_number(item.output.dtype)})

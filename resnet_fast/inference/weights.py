@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from ..choose import ConvKernel
 from ..kernels.packing import Geometry, pack_for_onednn, pack_weight
 from .capture import Captured
 from .fuse import Affine, Conv
+
+# Floats behind a bias that kernels may read: those of a panel of filters, at every level.
+_BEHIND_BIAS = 64
 
 
 class PackedConv(NamedTuple):
@@ -35,46 +39,62 @@ def source(node: fx.Node, captured: Captured) -> str:
     """What stays the same from one capture to the next and changes with the values."""
     if node in captured.names:
         return captured.names[node]
-    value = captured.constants[node].contiguous()
-    return hashlib.blake2b(value.view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+    return _digest(captured.constants[node]).hex()
 
 
 class Weights:
     """``find(...)`` packs what it has not met; ``keep_only`` drops what no plan uses any more."""
 
-    def __init__(self, padding: int) -> None:
-        self._padding = padding  # floats behind a bias
+    def __init__(self) -> None:
         self._packed: dict[tuple, PackedConv] = {}
-        self._shared: dict[tuple, Tensor] = {}
 
     def find(
         self, conv: Conv, captured: Captured, kernel: ConvKernel, input_size: list[int], dtype: torch.dtype
     ) -> tuple[tuple, PackedConv]:
         """Key and value; ``dtype`` is the one that oneDNN would compute in."""
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-        scale, shift = (hashlib.blake2b(v.numpy().tobytes(), digest_size=16).digest() for v in _vectors(conv.affine))
-        key = (source(conv.weight, captured), scale, shift, conv.kernel, repr(geometry), kernel)
+        key = self._key(conv, captured, kernel)
         if kernel.name == "onednn":
             key += (tuple(input_size), dtype)
         if key not in self._packed:
-            self._packed[key] = self._pack(conv, captured, kernel, geometry, input_size, dtype)
+            self._packed[key] = self._pack(conv, captured, kernel, input_size, dtype)
         return key, self._packed[key]
 
-    def _pack(self, conv, captured, kernel, geometry, input_size, dtype) -> PackedConv:
+    def has(self, conv: Conv, captured: Captured, kernel: ConvKernel) -> bool:
+        """Whether one of our kernels' weight is here already."""
+        return self._key(conv, captured, kernel) in self._packed
+
+    @staticmethod
+    def _key(conv: Conv, captured: Captured, kernel: ConvKernel) -> tuple:
+        scale, shift = (_digest(v) for v in (conv.affine.scale, conv.affine.shift))
+        return (kernel, source(conv.weight, captured), scale, shift, conv.kernel, repr(_geometry(conv)))
+
+    def _pack(self, conv, captured, kernel, input_size, dtype) -> PackedConv:
+        geometry = _geometry(conv)
         folded, bias = fold(captured.constants[conv.weight], conv.affine)
         folded = folded.reshape(folded.shape[0], -1, *conv.kernel)
         if kernel.name == "onednn":
             return PackedConv(pack_for_onednn(folded.to(dtype), geometry, input_size), bias.to(dtype))
-        padded = torch.zeros(len(bias) + self._padding)
+        padded = torch.zeros(len(bias) + _BEHIND_BIAS)
         padded[: len(bias)] = bias
         return PackedConv(pack_weight(folded.contiguous(), kernel, geometry), padded)
 
     def keep_only(self, keys: set[tuple]) -> None:
         self._packed = {key: value for key, value in self._packed.items() if key in keys}
 
-    def bytes(self) -> int:
-        return sum(t.nbytes for packed in self._packed.values() for t in packed)
+    def bytes(self, kernel: str | None = None) -> int:
+        """Of all packed weights, or of those for the kernels of that name."""
+        found = [packed for key, packed in self._packed.items() if kernel in (None, key[0].name)]
+        return sum(_bytes(t) for packed in found for t in packed)
 
 
-def _vectors(affine: Affine) -> tuple[Tensor, Tensor]:
-    return affine.scale.contiguous(), affine.shift.contiguous()
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _geometry(conv: Conv) -> Geometry:
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _digest(t: Tensor) -> bytes:
+    t = t.contiguous()
+    return hashlib.blake2b(ctypes.string_at(t.data_ptr(), _bytes(t)), digest_size=16).digest()  # needs no numpy

@@ -91,7 +91,7 @@ def pack_few_channels(weight: Tensor, dilation: list[int], bfloat16: bool) -> Te
 
 
 def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tensor:
-    """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every input shape."""
+    """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every shape."""
     if kernel.name == "winograd":
         return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
     if kernel.name == "depthwise":

@@ -42,7 +42,8 @@ class ConvReport:
     ours: bool
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table_lines(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table, columns aligned."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]) for r in [header, *rows]]
 
@@ -66,14 +67,14 @@ class Explanation:
         if not self.blocks:
             return "No block of resnet_fast in this model: every layer runs as torch does."
         rows = [(b.name, b.kind, "fused" if b.fused else "plain", b.kernel, b.reason) for b in self.blocks]
-        lines = _table(("block", "kind", "runs", "kernel", "why"), rows)
+        lines = table_lines(("block", "kind", "runs", "kernel", "why"), rows)
         lines.append(f"{sum(b.fused for b in self.blocks)} of {len(self.blocks)} blocks fused")
         if self.convolutions:
             rows = [
                 (c.name, "x".join(map(str, c.input)), "x".join(map(str, c.weight)), f"{c.flops / 1e9:.3f}", c.kernel)
                 for c in self.convolutions
             ]
-            lines += ["", *_table(("convolution", "input", "weight", "GFLOP", "kernel"), rows)]
+            lines += ["", *table_lines(("convolution", "input", "weight", "GFLOP", "kernel"), rows)]
             lines.append(f"{100 * self.own_share:.1f} % of the convolutions' operations in kernels of resnet_fast")
         if self.cache is not None:
             lines.append(str(self.cache))
