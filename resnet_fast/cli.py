@@ -24,6 +24,7 @@ from .bench import cells, compare, limits, report
 from .bench.cells import CALIBRATION_IMAGES, DTYPES, one_line
 from .bench.peers import OURS, PEERS, Peer, peers
 from .bench.results import per_second, table, write_json
+from .inference import optimize_for_inference
 from .measure import environment, interleaved, random_model
 from .nn.explain import explain
 from .ops.weight_cache import cache_info
@@ -113,7 +114,35 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    if args.train or args.layers:
+        args.modules = True
     device = _device(args.device)
+    if args.modules or device.type != "cpu":
+        if args.plot:
+            raise CliError("--plot: only of a model that is optimized for inference, on the CPU")
+        return _explain_modules(args, device)
+    _check_writable(args.plot, "--plot")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    images = torch.randn(args.batch, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
+    stock = random_model(_builders(args.model).stock, _batch_of(images))
+    model = optimize_for_inference(stock, images, DTYPES[args.dtype])
+    found, memory = model.explain(images), model.memory()
+    if args.plot:
+        try:
+            found.plot(args.plot)
+        except (ImportError, ValueError) as error:  # ValueError: a format that matplotlib has not
+            raise CliError(f"--plot {args.plot}: {error}") from error
+    if args.json:
+        head = {"model": args.model, "batch": args.batch, "size": args.size, "dtype": args.dtype}
+        print(json.dumps(head | found.to_dict() | {"memory": memory._asdict()}, indent=2))
+    else:
+        print(f"{args.model}, {args.batch}x3x{args.size}x{args.size}, {args.dtype}, optimized for inference")
+        print(f"{found}\n{memory}")
+    return 0
+
+
+def _explain_modules(args: argparse.Namespace, device: torch.device) -> int:
     model = _builders(args.model).ours().to(device, DTYPES[args.dtype]).train(args.train)
     size = (args.batch, 3, args.size, args.size)
     images = torch.zeros(size, device=device, dtype=DTYPES[args.dtype]) if args.layers else None
@@ -237,6 +266,8 @@ def _classify(args: argparse.Namespace) -> int:
         raise CliError(f"--topk must be from 1 to the number of classes, {len(weights.categories)}, got {args.topk}")
     images = torch.stack([weights.transform(photo) for photo in photos])  # [N, 3, H, W]
     models = {name: model.to(device) for name, model in _pair(builders, weights, images).items()}
+    if device.type == "cpu":
+        models[OURS] = optimize_for_inference(models[OURS], images[:1])
     note = f"  [{RANDOM}]" if weights.state is None else ""
 
     print(f"{args.model}, {weights.label}, float32 on {_device_name(device)}")
@@ -356,14 +387,14 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(path: str | None) -> None:
+def _check_writable(path: str | None, option: str = "--json") -> None:
     if path is None:
         return
     try:
         with open(path, "a"):
             pass
     except OSError as error:
-        raise CliError(f"--json {path}: {error.strerror}") from error
+        raise CliError(f"{option} {path}: {error.strerror}") from error
 
 
 # The parser
@@ -390,8 +421,9 @@ def _fraction(text: str) -> float:
 
 
 _BENCH_TEXT = """\
-Times this package's model against others: torchvision's, eager and eager in channels_last, torch.compile and
-torch.compile with freezing (both in channels_last); with --peers also OpenVINO, ONNX Runtime and ncnn on a CPU,
+Times this package (on a CPU the model optimized for inference, and resnet_fast.models' module) against others:
+torchvision's model, eager and eager in channels_last, torch.compile and torch.compile with freezing (both in
+channels_last); with --peers also OpenVINO, ONNX Runtime and ncnn on a CPU,
 TensorRT and JAX on CUDA, as far as they are installed. All have the same random weights and as many threads, and run
 in one process in turn, so that a slow minute hits all alike. Before it is timed, every output is compared with a
 float64 run of torchvision's model ("error": RMS of the difference over RMS of the output); a wrong one is refused.
@@ -446,15 +478,24 @@ Without a network the weights cannot be downloaded: then random ones are used an
     p.add_argument("--device", **device)
     p.set_defaults(run=_classify)
 
-    text = "Says for the stem and every block of a model whether it runs fused, on which kernel, or why not."
-    p = commands.add_parser("explain", help="which blocks run fused", description=text)
+    text = """\
+Says of every layer of a model, optimized for inference on this CPU, which kernel computes it, how long it takes, and
+what fraction of this machine's arithmetic that is; of what is not fused, why.
+
+With --modules, or on CUDA: says for the stem and every block of resnet_fast.models' module whether it runs fused.
+"""
+    p = commands.add_parser("explain", help="kernels and times, layer by layer", description=text, formatter_class=raw)
     p.add_argument("model", metavar="MODEL", help=model)
+    p.add_argument("--plot", metavar="FILE", help="draw the layers' times (.svg, .png, .pdf); needs matplotlib")
+    p.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's)")
+    text = "the blocks of resnet_fast.models' module instead"
+    p.add_argument("--modules", action="store_true", help=text)
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     p.add_argument("--device", **device)
-    p.add_argument("--train", action="store_true", help="in training mode instead of eval")
-    text = "run the model once and list every convolution with its kernel"
+    p.add_argument("--train", action="store_true", help="with --modules: in training mode instead of eval")
+    text = "with --modules: run the model once and list every convolution with its kernel"
     p.add_argument("--layers", action="store_true", help=text)
-    p.add_argument("--batch", type=_positive, default=1, metavar="N", help="images for --layers (default: 1)")
+    p.add_argument("--batch", type=_positive, default=1, metavar="N", help="images (default: 1)")
     p.add_argument("--size", type=_positive, default=224, metavar="PX", help="their size (default: 224)")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.set_defaults(run=_explain)

@@ -37,6 +37,8 @@ def run(capsys, *argv):
 
 # info and explain
 
+EXPLAIN = ["explain", "resnet18", "--device", "cpu", "--size", "64"]
+
 
 def test_info(capsys):
     code, out, _ = run(capsys, "info")
@@ -57,7 +59,33 @@ def test_info_json(capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_explain(capsys, dtype):
-    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--dtype", dtype)
+    code, out, _ = run(capsys, *EXPLAIN, "--dtype", dtype)
+    assert code == 0
+    assert f"resnet18, 1x3x64x64, {dtype}, optimized for inference" in out
+    assert "layer4.1.conv2" in out and "100.0 % of the operations in kernels of resnet_fast" in out
+    assert "packed weights" in out
+
+
+def test_explain_json(capsys):
+    code, out, _ = run(capsys, *EXPLAIN, "--batch", "2", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["model"], found["batch"], found["own_share"]) == ("resnet18", 2, 1.0)
+    assert [layer["name"] for layer in found["layers"]][::21] == ["conv1", "fc"]
+    assert found["memory"]["packed_weights"] > found["memory"]["parameters"] > 40e6
+
+
+def test_explain_plot(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, _ = run(capsys, *EXPLAIN, "--plot", str(tmp_path / "layers.svg"))
+    assert code == 0 and "layer4.1.conv2" in (tmp_path / "layers.svg").read_text()
+    code, _, err = run(capsys, *EXPLAIN, "--plot", str(tmp_path / "layers.xyz"))
+    assert code == 2 and "--plot" in err and "xyz" in err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_explain_modules(capsys, dtype):
+    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--modules", "--dtype", dtype)
     assert code == 0
     assert f"resnet18, {dtype} on cpu, eval mode" in out
     assert "layer4.1" in out and "of 9 blocks fused" in out
@@ -69,8 +97,8 @@ def test_explain_train(capsys):
     assert "training mode" in out and "0 of 9 blocks fused" in out
 
 
-def test_explain_json(capsys):
-    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--json")
+def test_explain_modules_json(capsys):
+    code, out, _ = run(capsys, "explain", "resnet18", "--device", "cpu", "--modules", "--json")
     found = json.loads(out)
     assert code == 0
     assert (found["model"], found["mode"], len(found["blocks"])) == ("resnet18", "eval", 9)
@@ -226,11 +254,11 @@ def test_bench(capsys, tmp_path):
     assert found["environment"] == environment()
     (cell,) = found["cells"]
     assert (cell["model"], cell["batch"], cell["dtype"], cell["device"]) == ("resnet18", 1, "float32", "cpu")
-    assert set(cell["peers"]) == {OURS, "torch", "torch channels_last"}
+    assert set(cell["peers"]) == {OURS, f"{OURS} module", "torch", "torch channels_last"}
     for name, peer in cell["peers"].items():
         assert peer["refused"] is None
         assert peer["relative_rms"] < 1e-4
-        assert len(peer["samples_ms"]) + peer["dropped"] == (4 if name == OURS else 2)  # ours before each of the others
+        assert len(peer["samples_ms"]) + peer["dropped"] == (6 if name == OURS else 2)  # ours before each of the others
 
 
 def test_bench_in_passes(capsys, tmp_path):
@@ -254,7 +282,7 @@ def test_bench_says_what_moved(capsys, tmp_path):
     code, out, _ = run(capsys, *BENCH, "--json", str(new), "--compare", str(old))
     assert code == 0
     compared = out[out.index("against ") :].splitlines()
-    (line,) = [line for line in compared if line.startswith(f"resnet18, batch 1, float32, {OURS} ")]
+    (line,) = [line for line in compared if line.startswith(f"resnet18, batch 1, float32, {OURS}  ")]
     assert line.endswith("slower")  # two samples of the others say little
     assert f"torch: 1.0 then, {torch.__version__} now" in compared
 
@@ -279,10 +307,10 @@ def test_bench_warns_where_threads_may_share_a_core(capsys, monkeypatch):
 
 
 def test_bench_refuses_a_wrong_output(capsys, monkeypatch):
-    from resnet_fast.models import ResNet
+    from resnet_fast import OptimizedModel
 
-    right = ResNet._forward_impl
-    monkeypatch.setattr(ResNet, "_forward_impl", lambda self, x: right(self, x) * 1.01)
+    right = OptimizedModel.forward
+    monkeypatch.setattr(OptimizedModel, "forward", lambda self, x: right(self, x) * 1.01)
     code, out, _ = run(capsys, *BENCH)
     assert code == 1
     assert f"{OURS}: wrong output: not timed" in out

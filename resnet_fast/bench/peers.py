@@ -88,6 +88,13 @@ def _ours(subject: Subject) -> Prepared:
     return _eager(subject.ours(), subject.images)
 
 
+def _ours_optimized(subject: Subject) -> Prepared:
+    from ..inference import optimize_for_inference
+
+    dtype = subject.images.dtype
+    return _eager(optimize_for_inference(subject.stock(), subject.images, dtype), subject.images)
+
+
 def _ours_channels_last(subject: Subject) -> Prepared:
     return _eager(*_channels_last(subject.ours(), subject.images))
 
@@ -276,7 +283,8 @@ def _jax(subject: Subject) -> Prepared:
 
 
 PEERS = (
-    Peer(OURS, "cpu", _ours),
+    Peer(OURS, "cpu", _ours_optimized),
+    Peer(f"{OURS} module", "cpu", _ours),
     Peer("torch", "cpu", _torch),
     Peer("torch channels_last", "cpu", _torch_channels_last),
     Peer("torch.compile", "cpu", _compiled("default"), compiled=True),

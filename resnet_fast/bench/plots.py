@@ -28,10 +28,30 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    svg = path.suffix == ".svg"
+    figure.savefig(path, metadata={"Date": None} if svg else None, bbox_inches="tight", dpi=150)
     _pyplot().close(figure)
+    if not svg:
+        return
     # matplotlib ends lines with spaces, which every whitespace check complains of.
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def layers(found: Any, path: Path) -> None:
+    """Bars of microseconds for every layer of a `LayerTable`; grey ones run on torch."""
+    pyplot, rows = _pyplot(), found.layers
+    figure, axis = pyplot.subplots(figsize=(7.5, 1.0 + 0.17 * len(rows)))
+    positions = range(len(rows))[::-1]
+    axis.barh(positions, [row.microseconds for row in rows], color=[_OURS if row.ours else _OTHERS for row in rows])
+    for y, row in zip(positions, rows, strict=True):
+        peak = f", {row.of_peak:.2f} of peak" if row.flops else ""
+        axis.text(row.microseconds, y, f" {row.kernel}{peak}", va="center", fontsize=6, color=_GREY)
+    axis.set_yticks(positions, [row.name for row in rows], fontsize=7)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set_xlim(0, 1.6 * max(row.microseconds for row in rows))
+    axis.set_xlabel("microseconds")
+    axis.set_title(f"{found.microseconds / 1e3:.2f} ms on {found.threads} threads", fontsize=9)
+    _save(figure, path)
 
 
 def peers(found: dict, path: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -114,12 +115,18 @@ class Plan:
 
     def run(self, inputs: tuple[Tensor, ...]) -> list[Any]:
         """The outputs, none of which lies in the arena. Raises NotFinite."""
+        with self._buffers() as buffers:
+            return self._run(*buffers, None, *inputs)
+
+    @contextmanager
+    def _buffers(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """An arena that no other call uses meanwhile, and the views of it."""
         try:
-            buffers = self._idle.pop()
+            buffers = self._idle.pop()  # atomic
         except IndexError:
             buffers = self._new_buffers()
         try:
-            return self._run(*buffers, None, *inputs)
+            yield buffers
         finally:
             if len(self._idle) < MOST_BUFFERS:
                 self._idle.append(buffers)
@@ -129,10 +136,12 @@ class Plan:
         seconds: dict[int, float] = defaultdict(float)
         if not hasattr(self, "_run_timed"):
             self._run_timed = self._builder.compile(self._builder.code(timed=True))
-        times = [torch.zeros(len(rows), dtype=torch.float64) for rows in self._builder.segments]
-        self._run_timed(*self._new_buffers(), (times, seconds), *inputs)
-        for rows, time_of in zip(self._builder.segments, times, strict=True):
-            for (layer, _), value in zip(rows, time_of.tolist(), strict=True):
+        segments = self._builder.segments
+        times = [torch.zeros(len(segment.rows), dtype=torch.float64) for segment in segments]
+        with self._buffers() as buffers:
+            self._run_timed(*buffers, (times, seconds), *inputs)
+        for segment, time_of in zip(segments, times, strict=True):
+            for layer, value in zip(segment.layers, time_of.tolist(), strict=True):
                 seconds[layer] += value
         return seconds
 
@@ -168,6 +177,55 @@ def _four(shape: torch.Size) -> tuple[int, int, int, int]:
     return (*shape, *[1] * (4 - len(shape)))
 
 
+class Segment:
+    """Calls of kernels with no Python between them. ``slots``: the tensors that hold maps, by their expressions."""
+
+    def __init__(self, whole: set[int], layer_of: dict[int, int]) -> None:
+        self.whole, self.layer_of = whole, layer_of
+        self.slots: dict[str, int] = {}
+        self.constants: list[Tensor] = [torch.zeros(0)]
+        self.packed_at: dict[int, int] = {}  # by id of the kernel
+        self.rows: list[Row] = []
+        self.layers: list[int] = []  # of the rows
+
+    def add(self, item: Kernel, image: int, images: int) -> None:
+        """Appends the call for images [image, image + images)."""
+        _, c, h, w = item.input.size
+        row = Row(item.kind, n=images, c=c, h=h, w=w)
+        row.update(item.fields)
+        row.update({"input_type": type_number(item.input.dtype), "output_type": type_number(item.output.dtype)})
+        for name, p in (("input", item.input), ("residual", item.residual), ("output", item.output)):
+            if p is not None:
+                row.update({name: self._slot(p), f"{name}_at": self._at(p, image)})
+        if item.kind.startswith("conv_few_channels"):
+            row.update({"image": image, "input_at": 0})
+        if item.packed is not None:
+            at = self.packed_at.setdefault(id(item), len(self.constants))
+            if at == len(self.constants):
+                self.constants += item.packed
+            row.update({"weight": at, "bias": at + 1})
+            self._grow_zeros(c)
+        self.rows.append(row)
+        self.layers.append(self.layer_of[id(item.step)])
+
+    def _slot(self, p: Place) -> int:
+        return self.slots.setdefault(p.variable or "arena", len(self.slots))
+
+    def _at(self, p: Place, image: int) -> int:
+        """Bytes into the tensor; a map of the first steps that is not whole holds the images of now alone."""
+        if p.map is None:
+            return image * p.image_bytes()
+        return p.map.at + (image * p.image_bytes() if id(p.map) in self.whole else 0)
+
+    def _grow_zeros(self, channels: int) -> None:
+        if len(self.constants[0]) < channels + _BEHIND_ZEROS:
+            self.constants[0] = torch.zeros(channels + _BEHIND_ZEROS)
+
+
+# Floats behind the zeros that stand for a padded pixel's channels: a vector of the widest level.
+_BEHIND_ZEROS = 16
+
+
 class _Builder:
     def __init__(self, captured: Captured, weights: Weights, options: Options) -> None:
         self.captured, self.weights, self.options = captured, weights, options
@@ -195,7 +253,7 @@ class _Builder:
             self._lower(step)
         self.results = [self._result(o) for o in captured.outputs]
         self._place()
-        self.segments: list[list[tuple[int, Row]]] = []
+        self.segments: list[Segment] = []
         self._lines = self._assemble()
 
     # From steps to items
@@ -374,7 +432,9 @@ class _Builder:
         reads = [self._text(node) for node in conv.inputs]
         residual = reads[1] if len(reads) > 1 else None
         geometry = f"{conv.stride}, {conv.padding}, {conv.dilation}, {conv.groups}, {conv.relu}"
-        self._code(conv, f"{name} = onednn({reads[0]}, w{i}, b{i}, {residual}, {geometry})")
+        x = f"{reads[0]}[:, :, None, None]" if value_of(conv.inputs[0]).dim() == 2 else reads[0]
+        flat = ".flatten(1)" if value_of(conv.output).dim() == 2 else ""  # a linear layer
+        self._code(conv, f"{name} = onednn({x}, w{i}, b{i}, {residual}, {geometry}){flat}")
         self.where[conv.output] = Place(_four(value_of(conv.output).shape), value_of(conv.output).dtype, variable=name)
         self._say(conv, "oneDNN", False, flops, "faster than ours for this shape")
 
@@ -541,68 +601,31 @@ class _Builder:
 
     # The code
 
-    def _row(self, item: Kernel, image: int, images: int, slots: dict[str, int], constants: list[Tensor]) -> Row:
-        _, c, h, w = item.input.size
-        row = Row(item.kind, n=images, c=c, h=h, w=w)
-        row.update(item.fields)
-        row.update({"input_type": type_number(item.input.dtype), "output_type": type_number(item.output.dtype)})
-        for name, p in (("input", item.input), ("residual", item.residual), ("output", item.output)):
-            if p is None:
-                continue
-            base = p.variable or "arena"
-            at = image * p.image_bytes()
-            if p.map is not None:
-                at = p.map.at + (at if id(p.map) in self.whole else 0)
-            row.update({name: slots.setdefault(base, len(slots)), f"{name}_at": at})
-        if item.kind.startswith("conv_few_channels"):
-            row.update({"image": image, "input_at": 0})
-        if item.packed is not None:
-            row.update({"weight": len(constants), "bias": len(constants) + 1})
-            constants += item.packed
-        return row
-
     def _assemble(self) -> list[tuple[Step | None, str]]:
-        """Lines of code; those of kernels call a segment, whose rows are in ``self.segments``."""
+        """Lines of code with the step that each belongs to; those of kernels call a segment."""
         lines: list[tuple[Step | None, str]] = []
         first, last, images = self.prefix
         i = 0
-        most = max((item.input.size[1] for item in self.items if isinstance(item, Kernel)), default=0)
-        zeros = torch.zeros(most + 64)
         while i < len(self.items):
             item = self.items[i]
             if isinstance(item, Code):
                 lines.append((item.step, item.text))
                 i += 1
                 continue
-            slots: dict[str, int] = {}
-            constants: list[Tensor] = [zeros]
-            seen: dict[int, tuple[int, int]] = {}
-            rows: list[tuple[int, Row]] = []
-
-            def add(item: Kernel, image: int, count: int) -> None:
-                known = seen.get(id(item))
-                row = self._row(item, image, count, slots, constants)  # noqa: B023
-                if known is not None:
-                    row.update({"weight": known[0], "bias": known[1]})
-                    if item.packed is not None:
-                        del constants[-2:]  # noqa: B023
-                elif item.packed is not None:
-                    seen[id(item)] = (row["weight"], row["bias"])  # noqa: B023
-                rows.append((self.layer_of[id(item.step)], row))  # noqa: B023
-
+            segment = Segment(self.whole, self.layer_of)
             if i == first and last > first:
                 batch = item.input.size[0]
                 for image in range(0, batch, images):
                     for part in self.items[first:last]:
-                        add(part, image, min(images, batch - image))
+                        segment.add(part, image, min(images, batch - image))
                 i = last
             while i < len(self.items) and isinstance(self.items[i], Kernel):
-                add(self.items[i], 0, self.items[i].input.size[0])
+                segment.add(self.items[i], 0, self.items[i].input.size[0])
                 i += 1
             s = len(self.segments)
-            self.segments.append(rows)
-            self.names |= {f"steps{s}": to_tensor([row for _, row in rows]), f"constants{s}": constants}
-            maps = ", ".join(slots)
+            self.segments.append(segment)
+            self.names |= {f"steps{s}": to_tensor(segment.rows), f"constants{s}": segment.constants}
+            maps = ", ".join(segment.slots)
             lines.append((None, f"run(steps{s}, constants{s}, [{maps}], seconds and seconds[0][{s}])"))
         return lines
 
