@@ -1,3 +1,9 @@
+import os
+
+# Before torch: a system may put two of its threads on one core, where each spins until its time slice is over before
+# the other goes on, and a suite takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -2,6 +2,7 @@
 // allocated, and between two kernels lie a few hundred nanoseconds instead of a call from Python (20-50 us with its
 // checks). Written by resnet_fast/inference/program.py.
 #include <chrono>
+#include <initializer_list>
 #include <string>
 
 #include "conv.h"
@@ -15,14 +16,15 @@ using torch::stable::Tensor;
 
 // One row of `steps`; what a kind does not need is 0. Maps are in channels_last and lie `..._at` bytes into the tensor
 // of that number in `maps`; weight and bias are numbers of tensors in `constants`. residual is -1 where there is none.
-#define RESNET_FAST_STEP_FIELDS(F)                                                                                    \
-  F(kind)                                                                                                             \
-  F(input)                                                                                                            \
-  F(input_at) F(residual) F(residual_at) F(output) F(output_at) F(weight) F(bias) F(n) F(h) F(w) F(c) F(k) F(r) F(s)  \
-      F(p) F(q) F(stride_h) F(stride_w) F(padding_h) F(padding_w) F(dilation_h) F(dilation_w) F(groups) F(input_type) \
-          F(output_type) F(relu) F(tile) /* of Winograd */                                                            \
-      F(pool_kernel_h) F(pool_kernel_w) F(pool_stride_h) F(pool_stride_w) F(pool_padding_h) F(pool_padding_w)         \
-          F(pooled_h) F(pooled_w)                                                                                     \
+#define RESNET_FAST_STEP_FIELDS(F)                                                                                 \
+  F(kind)                                                                                                          \
+  F(input)                                                                                                         \
+  F(input_at)                                                                                                      \
+  F(residual) F(residual_at) F(output) F(output_at) F(weight) F(bias) F(n) F(h) F(w) F(c) F(k) F(r) F(s) F(p) F(q) \
+      F(stride_h) F(stride_w) F(padding_h) F(padding_w) F(dilation_h) F(dilation_w) F(groups) F(input_type)        \
+          F(output_type) F(relu) F(tile) /* of Winograd */                                                         \
+      F(pool_kernel_h) F(pool_kernel_w) F(pool_stride_h) F(pool_stride_w) F(pool_padding_h) F(pool_padding_w)      \
+          F(pooled_h) F(pooled_w)                                                                                  \
               F(image) /* conv_few_channels reads the caller's map in its own strides: from this image on */
 
 #define RESNET_FAST_FIELD(name) int64_t name;
@@ -31,10 +33,11 @@ struct Step {
 };
 #undef RESNET_FAST_FIELD
 
-#define RESNET_FAST_STEP_KINDS(K)                                                                           \
-  K(conv_few_channels)                                                                                      \
-  K(conv_few_channels_max_pool) K(conv_gemm) K(conv_grouped) K(conv_depthwise) K(conv_winograd) K(max_pool) \
-      K(avg_pool) K(add_relu) K(widen) /* a 16-bit map to float32 */
+#define RESNET_FAST_STEP_KINDS(K)                                                                     \
+  K(conv_few_channels)                                                                                \
+  K(conv_few_channels_max_pool)                                                                       \
+  K(conv_gemm) K(conv_grouped) K(conv_depthwise) K(conv_winograd) K(max_pool) K(avg_pool) K(add_relu) \
+      K(widen) /* a 16-bit map to float32 */
 
 #define RESNET_FAST_KIND(name) name,
 enum Kind : int64_t { RESNET_FAST_STEP_KINDS(RESNET_FAST_KIND) };
@@ -102,19 +105,47 @@ class Plan {
     STD_TORCH_CHECK(index >= 0 && index < int64_t(tensors.size()), "steps name tensor ", index, " of ", tensors.size());
     const Tensor& t = tensors[index];
     const int64_t bytes = t.numel() * t.element_size();
-    STD_TORCH_CHECK(at >= 0 && size >= 0 && at + size <= bytes, "steps reach byte ", at + size, " of ", bytes);
+    STD_TORCH_CHECK(at >= 0 && at <= bytes && size <= bytes - at, "steps reach byte ", at, " + ", size, " of ", bytes);
     return static_cast<char*>(t.data_ptr()) + at;
+  }
+
+  static int64_t product(std::initializer_list<int64_t> factors) {
+    int64_t result = 1;
+    for (const int64_t f : factors)
+      STD_TORCH_CHECK(f >= 0 && !__builtin_mul_overflow(result, f, &result), "steps must have sizes, got ", f);
+    return result;
   }
 
   static int64_t output_size(const Step& step) {
     const bool pools = step.kind == conv_few_channels_max_pool;
-    const int64_t pixels = pools ? step.pooled_h * step.pooled_w : step.p * step.q;
-    return step.n * pixels * step.k;
+    return product({step.n, pools ? step.pooled_h : step.p, pools ? step.pooled_w : step.q, step.k});
   }
 
   const void* input(const Step& step) const {
-    const int64_t size = step.n * step.h * step.w * step.c * bytes_of(storage(step.input_type));
+    const int64_t size = product({step.n, step.h, step.w, step.c, bytes_of(storage(step.input_type))});
     return inside(maps_, step.input, step.input_at, size);
+  }
+
+  // Values of a packed weight.
+  static int64_t weight_size(const Step& step, Storage type) {
+    STD_TORCH_CHECK(step.groups > 0 && step.c % step.groups == 0 && step.k % step.groups == 0,
+                    "steps must have groups that divide the channels, got ", step.groups);
+    const int64_t width = kernels().vector_width, filters = step.k / step.groups, depth = step.c / step.groups;
+    const int64_t padded = (filters + width - 1) / width * width;
+    switch (step.kind) {
+      case conv_winograd: {
+        STD_TORCH_CHECK(step.tile == 2 || step.tile == 4 || step.tile == 5, "Winograd tiles are 2, 4 or 5 wide");
+        return product({padded, step.tile + 2, step.tile + 2, type == Storage::bf16 ? (depth + 1) / 2 * 2 : depth});
+      }
+      case conv_grouped: {
+        const GroupedUnit unit = kernels().grouped_unit(step.c, step.k, step.groups);
+        return product({unit.units, unit.vectors, step.r, depth, step.s, width});
+      }
+      case conv_depthwise:
+        return product({step.r, step.s, step.c});
+      default:
+        return product({step.groups, padded, step.r, step.s, depth});
+    }
   }
   const void* residual(const Step& step) const {
     if (step.residual < 0) return nullptr;
@@ -150,6 +181,9 @@ class Plan {
     const void* weight = inside(constants_, step.weight, 0, 0);
     const Storage weight_type = storage_of(constants_[step.weight].scalar_type());
     check_weight_type(weight_type, input_type);
+    const int64_t weights = weight_size(step, weight_type);
+    STD_TORCH_CHECK(constants_[step.weight].numel() == weights, "steps want a weight of ", weights, " values, got ",
+                    constants_[step.weight].numel());
     const int64_t bias_size = (step.k + kernels().gemm_panel) * 4, zeros_size = (step.c + kernels().vector_width) * 4;
     return {shape,
             few ? image(step) : input(step),

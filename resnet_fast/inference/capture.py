@@ -36,6 +36,7 @@ class Captured:
     constants: dict[fx.Node, Tensor]  # in the precision of the model, whatever dtype it was captured in
     names: dict[fx.Node, str]  # of parameters and buffers
     outputs: list[Any]  # nodes, or plain values
+    output_values: list[Any]  # what the model returns: an output's node may have other strides
     out_spec: pytree.TreeSpec
 
 
@@ -46,10 +47,10 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | N
     """
     from torch.export.graph_signature import OutputKind  # torch.export takes a second to import
 
-    subject = model if dtype is None else copy.deepcopy(model).to(dtype)
+    subject = model if dtype is None else frozen_copy(model).to(dtype)
     if isinstance(model, fx.GraphModule):
         subject, model = _Called(subject), _Called(model)
-    with _exporting, torch.no_grad(), use_backend("reference"):
+    with _exporting, torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("reference"):
         try:
             program = torch.export.export(subject, inputs, strict=False)
         except Exception as error:
@@ -63,9 +64,19 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | N
     for spec in signature.output_specs:
         if spec.kind == OutputKind.BUFFER_MUTATION:
             raise RuntimeError(
-                f"optimize_for_inference: the model must not change while it runs, but it writes into {spec.target!r}"
+                "optimize_for_inference: the model must not change while it runs, but it writes into "
+                f"{spec.target.removeprefix('graph_module.')!r}"
             )
     return _simplified(program, dict(_state(model)))
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, whose parameters want no gradient."""
+    # What a weight is computed from (pruning, torch.nn.utils.weight_norm) has a gradient and cannot be copied as it is.
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    memo = {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+    # A copy of torchvision's feature extractor remembers its mode, but not the graph of it.
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 
 class _Called(nn.Module):
@@ -159,6 +170,7 @@ def _simplified(program: torch.export.ExportedProgram, state: dict[str, Tensor])
     output = next(node for node in graph.nodes if node.op == "output")
     kinds = [spec.kind for spec in signature.output_specs]
     outputs = [o for o, kind in zip(output.args[0], kinds, strict=True) if kind == OutputKind.USER_OUTPUT]
+    output_values = [o.meta["val"] if isinstance(o, fx.Node) else o for o in outputs]
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -170,7 +182,7 @@ def _simplified(program: torch.export.ExportedProgram, state: dict[str, Tensor])
                 outputs = [node.args[0] if o is node else o for o in outputs]
                 continue
         _compute(node, constants)
-    return Captured(graph, inputs, constants, names, outputs, program.call_spec.out_spec)
+    return Captured(graph, inputs, constants, names, outputs, output_values, program.call_spec.out_spec)
 
 
 def _compute(node: fx.Node, constants: dict[fx.Node, Tensor]) -> None:

@@ -330,6 +330,8 @@ class _Fuser:
         if not _is_reshape(node) or value_of(node).dtype not in FUSED_DTYPES:
             return None
         before, after = value_of(node.args[0]).shape, value_of(node).shape
+        if max(len(before), len(after)) > 4:
+            return None
         flat = [shape[:2] for shape in (before, after) if len(shape) >= 2 and all(n == 1 for n in shape[2:])]
         if len(flat) != 2 or flat[0] != flat[1] or 0 in after:
             return None

@@ -4,8 +4,9 @@ of kernels."""
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .capture import capture
+from .capture import capture, frozen_copy
 from .explain import LayerTable, layer_table
 from .fuse import FUSED_DTYPES
 from .plan import NotFinite, Options, Plan
@@ -55,18 +56,20 @@ class OptimizedModel(nn.Module):
     ) -> None:
         super().__init__()
         # Not a submodule: what is frozen has no parameters that an optimizer or load_state_dict() could change.
-        self.__dict__["_frozen"] = copy.deepcopy(model).requires_grad_(False).eval()
+        self.__dict__["_frozen"] = frozen_copy(model)
         self.__dict__["_example"] = tuple(x.shape for x in example)
         self._cast = dtype
         self._dtypes = tuple(x.dtype if dtype is None else dtype for x in example)
-        self._options = Options(_is_channels_last(model, example), weight_memory=weight_memory)
+        self._channels_last = tuple(_is_channels_last(x) for x in example)
+        self._options = Options(weight_memory=weight_memory)
         self.training = False
         self._reset()
         self._plan_for(self._example)
 
     def _reset(self) -> None:
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
-        self._plans_without_winograd: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans: dict[tuple, Plan] = {}  # by the inputs' shapes
+        self._plans_without_winograd: dict[tuple, Plan] = {}
+        self._calls = itertools.count()
         self._weights = Weights()
         self._lock = threading.RLock()
 
@@ -79,6 +82,7 @@ class OptimizedModel(nn.Module):
         inputs = self._checked(inputs)
         shapes = tuple(x.shape for x in inputs)
         plan = self._plans.get(shapes) or self._plan_for(shapes)
+        plan.used = next(self._calls)
         outputs = self._run(plan, lambda p: p.run(inputs), shapes)
         return pytree.tree_unflatten(outputs, plan.out_spec)
 
@@ -121,19 +125,20 @@ class OptimizedModel(nn.Module):
             if shapes in plans:
                 return plans[shapes]
             while len(plans) >= MOST_PLANS:
-                plans.popitem(last=False)
+                del plans[min(plans, key=lambda shapes: plans[shapes].used)]
             everything = [*self._plans.values(), *self._plans_without_winograd.values()]
             self._weights.keep_only({key for plan in everything for key in plan.keys})
             captured = capture(self._frozen, self._inputs_of(shapes), self._cast)
             options = self._options._replace(winograd=winograd)
-            plans[shapes] = plan = Plan(captured, self._weights, options)
+            plan = Plan(captured, self._weights, options)
+            plan.used = next(self._calls)
+            plans[shapes] = plan
             return plan
 
     def _inputs_of(self, shapes: tuple[torch.Size, ...], make: Callable = torch.zeros) -> tuple[Tensor, ...]:
         """Tensors laid out as the example was."""
         found = []
-        for shape, dtype in zip(shapes, self._dtypes, strict=True):
-            channels_last = len(shape) == 4 and self._options.channels_last
+        for shape, dtype, channels_last in zip(shapes, self._dtypes, self._channels_last, strict=True):
             layout = torch.channels_last if channels_last else torch.contiguous_format
             found.append(make(shape, dtype=dtype).to(memory_format=layout))
         return tuple(found)
@@ -148,7 +153,8 @@ class OptimizedModel(nn.Module):
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         if not inputs:
-            inputs = self._inputs_of(self._example, torch.randn)
+            generator = torch.Generator().manual_seed(0)
+            inputs = self._inputs_of(self._example, functools.partial(torch.randn, generator=generator))
         inputs = self._checked(inputs)
         shapes = tuple(x.shape for x in inputs)
         plan = self._plan_for(shapes)
@@ -194,11 +200,12 @@ class OptimizedModel(nn.Module):
         return f"{type(self._frozen).__name__}, example {sizes}, {self._dtypes[0]}".replace("torch.", "")
 
     def __getstate__(self) -> dict:
-        made_again = ("_plans", "_plans_without_winograd", "_weights", "_lock")
+        made_again = ("_plans", "_plans_without_winograd", "_weights", "_lock", "_calls")
         return {name: value for name, value in self.__dict__.items() if name not in made_again}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._frozen.eval()
         self._reset()
 
     def __deepcopy__(self, memo: dict) -> OptimizedModel:
@@ -217,10 +224,8 @@ def _check_tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
 
 
-def _is_channels_last(model: nn.Module, example: tuple[Tensor, ...]) -> bool:
-    """Whether torch would hand out feature maps in channels_last."""
-    tensors = [p for p in model.parameters() if p.dim() == 4] + [x for x in example if x.dim() == 4]
-    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _check_model(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -86,9 +86,8 @@ class Layer:
 
 
 class Options(NamedTuple):
-    """channels_last: of results; winograd: may be used; weight_memory: bytes that its weights may take, or None."""
+    """winograd: may be used; weight_memory: bytes that its weights may take, or None."""
 
-    channels_last: bool
     winograd: bool = True
     weight_memory: int | None = None
 
@@ -121,10 +120,10 @@ class Plan:
     @contextmanager
     def _buffers(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """An arena that no other call uses meanwhile, and the views of it."""
-        try:
+        buffers = None
+        with suppress(IndexError):
             buffers = self._idle.pop()  # atomic
-        except IndexError:
-            buffers = self._new_buffers()
+        buffers = buffers or self._new_buffers()
         try:
             yield buffers
         finally:
@@ -152,6 +151,9 @@ class Plan:
     def idle_buffers(self) -> int:
         return len(self._idle)
 
+
+# The others compute the last channels twice where they are no whole vector.
+_READS_A_RESIDUAL_ONCE = ("conv_gemm", "conv_winograd")
 
 # Sets of buffers kept for later calls, as many as threads have used at a time.
 MOST_BUFFERS = 8
@@ -183,7 +185,7 @@ class Segment:
     def __init__(self, whole: set[int], layer_of: dict[int, int]) -> None:
         self.whole, self.layer_of = whole, layer_of
         self.slots: dict[str, int] = {}
-        self.constants: list[Tensor] = [torch.zeros(0)]
+        self.constants: list[Tensor] = [torch.zeros(0, dtype=torch.float32)]
         self.packed_at: dict[int, int] = {}  # by id of the kernel
         self.rows: list[Row] = []
         self.layers: list[int] = []  # of the rows
@@ -219,7 +221,7 @@ class Segment:
 
     def _grow_zeros(self, channels: int) -> None:
         if len(self.constants[0]) < channels + _BEHIND_ZEROS:
-            self.constants[0] = torch.zeros(channels + _BEHIND_ZEROS)
+            self.constants[0] = torch.zeros(channels + _BEHIND_ZEROS, dtype=torch.float32)
 
 
 # Floats behind the zeros that stand for a padded pixel's channels: a vector of the widest level.
@@ -229,12 +231,12 @@ _BEHIND_ZEROS = 16
 class _Builder:
     def __init__(self, captured: Captured, weights: Weights, options: Options) -> None:
         self.captured, self.weights, self.options = captured, weights, options
-        self.channels_last = options.channels_last
         self.items: list[Kernel | Code] = []
         self.where: dict[fx.Node, Place] = {}
         self.aliases: dict[fx.Node, set[int]] = {}  # maps, by id, whose memory a variable may share
         self.maps: dict[int, memory.Map] = {}
         self.names: dict[str, Any] = {"run": _run, "empty": torch.empty_strided, "clock": time.perf_counter}
+        self.names |= {"fresh": fresh, "like": like}
         self.keys: set[tuple] = set()
         self.layers: list[Layer] = []
         self.layer_of: dict[int, int] = {}  # by id of the step
@@ -251,7 +253,9 @@ class _Builder:
         self.outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
         for step in steps:
             self._lower(step)
-        self.results = [self._result(o) for o in captured.outputs]
+        self.outside: dict[str, fx.Node] = {}  # variables of results that a kernel writes, and their nodes
+        self.returned: set[fx.Node] = set()
+        self.results = [self._result(*pair) for pair in zip(captured.outputs, captured.output_values, strict=True)]
         self._place()
         self.segments: list[Segment] = []
         self._lines = self._assemble()
@@ -282,7 +286,7 @@ class _Builder:
         while True:
             winograd = [conv for conv in convs if chosen[id(conv)].name == "winograd"]
             sizes = {id(conv): self._new_bytes(conv, chosen[id(conv)]) for conv in winograd}
-            if sum(sizes.values()) + self.weights.bytes("winograd") <= most or not any(sizes.values()):
+            if sum(sizes.values()) + self.weights.winograd_bytes() <= most or not any(sizes.values()):
                 return chosen
             changes = [change for conv in winograd for change in self._smaller(conv, chosen[id(conv)])]
             _, conv, kernel = min(changes, key=lambda change: change[0])
@@ -292,6 +296,7 @@ class _Builder:
         if kernel.name != "winograd" or self.weights.has(conv, self.captured, kernel):
             return 0
         k, c, *_ = _weight_size(conv)
+        k, c = -(-k // 16) * 16, c + c % 2  # whole vectors, and pairs, at every level
         return (kernel.tile + 2) ** 2 * k * c * (2 if kernel.bfloat16 else 4)
 
     def _smaller(self, conv: Conv, kernel: ConvKernel) -> list[tuple[float, Conv, ConvKernel]]:
@@ -488,47 +493,48 @@ class _Builder:
 
     # The result
 
-    def _result(self, output: Any) -> str:
-        """An expression for an output that lies in no arena."""
+    def _result(self, output: Any, value: Any) -> str:
+        """An expression for an output, as ``value``, that shares no memory with anything kept."""
         if not isinstance(output, fx.Node):
             return repr(output)
+        if not isinstance(value, Tensor):
+            return self._text(output)
+        layout = f"{tuple(value.shape)}, {tuple(value.stride())}"
         if output in self.captured.constants:
-            return f"{self._text(output)}.clone()"
-        place, value = self.where[output], value_of(output)
-        layout = "channels_last" if value.dim() == 4 and self.channels_last else "contiguous_format"
-        self.names[layout] = getattr(torch, layout)
-        if place.map is None:  # torch's operators follow the layout of their inputs, which are maps in channels_last
-            if self.aliases.get(output):
-                return f"{place.variable}.clone(memory_format={layout})"
-            return f"{place.variable}.contiguous(memory_format={layout})"
-        flat = prod(place.size[2:]) == 1
-        is_viewed = any(key == id(place.map) for key, _ in self.view_of)
-        if (flat or (value.dim() == 4 and self.channels_last)) and not is_viewed:  # the kernel writes it where it stays
-            self._write_outside(place.map, output)
+            return f"fresh({self._text(output)}, {layout})"
+        place = self.where[output]
+        if place.map is not None and self._may_write_outside(place, value):
+            self._write_outside(place.map, output, value)
             return self.where[output].variable
-        text = f"{self._text(output)}.clone(memory_format={layout})"
-        self.items.append(Code(None, f"o_{output.name} = {text}", {id(place.map)}))
-        return f"o_{output.name}"
+        if place.map is not None:
+            text = f"o{len(self.items)} = fresh({self._text(output)}, {layout})"
+            self.items.append(Code(None, text, {id(place.map)}))
+            return text.partition(" ")[0]
+        if place.variable in self.outside:  # returned already, maybe under another shape
+            return f"fresh({place.variable}.reshape({tuple(value.shape)}), {layout})"
+        shared = output in self.returned or not is_fresh(output)
+        self.returned.add(output)
+        # torch's operators follow the strides of their inputs, and those that kernels make are channels_last.
+        return f"{'fresh' if shared else 'like'}({place.variable}, {layout})"
 
-    def _write_outside(self, m: memory.Map, output: fx.Node) -> None:
+    def _may_write_outside(self, place: Place, value: Tensor) -> bool:
+        """Whether a kernel can write the result where it stays: nothing else looks at the map but kernels."""
+        if any(key == id(place.map) for key, _ in self.view_of) or value.dim() not in (2, 4):
+            return False
+        _, c, h, w = _four(value.shape)
+        return h * w == 1 or value.stride() == (c * h * w, 1, w * c, c)
+
+    def _write_outside(self, m: memory.Map, output: fx.Node, value: Tensor) -> None:
         name = f"o_{output.name}"
-        value, place = value_of(output), self.where[output]
-        strides = torch.empty(value.shape, device="meta").stride()
-        if value.dim() == 4:
-            _, c, h, w = value.shape
-            strides = (c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1)
+        self.outside[name] = output
         self.names["dtypes"] = FUSED_DTYPES
         dtype = FUSED_DTYPES.index(value.dtype)
-        self.allocations.append(f"{name} = empty({tuple(value.shape)}, {strides}, dtype=dtypes[{dtype}])")
-        for item in self.items:
-            if isinstance(item, Kernel):
-                for p in item.places():
-                    if p.map is m:
-                        p.map, p.variable = None, name
-        for p in self.where.values():
+        sizes = f"{tuple(value.shape)}, {tuple(value.stride())}"
+        self.allocations.append(f"{name} = empty({sizes}, dtype=dtypes[{dtype}])")
+        places = [p for item in self.items if isinstance(item, Kernel) for p in item.places()]
+        for p in (*places, *self.where.values()):
             if p.map is m:
                 p.map, p.variable = None, name
-        place.map, place.variable = None, name
 
     # Memory
 
@@ -540,16 +546,15 @@ class _Builder:
         maps = {id(p.map): p for item in self.items if isinstance(item, Kernel) for p in item.places() if p.map}
         batch = max((p.size[0] for p in maps.values()), default=1)
         self.whole: set[int] = set()
+        viewed = {key for key, _ in self.view_of}
         for key, p in maps.items():
             m = p.map
-            if first <= m.first < last:
-                if m.last < last:
-                    m.size = m.size // batch * min(images, batch)
-                else:
-                    m.first = first
-                    self.whole.add(key)
-            else:
-                self.whole.add(key)
+            if first <= m.first < last and m.last < last and key not in viewed:
+                m.size = m.size // batch * min(images, batch)
+                continue
+            self.whole.add(key)
+            if m.first < last:  # its images come one after the other
+                m.first = min(m.first, first)
         self.arena_bytes = memory.place([p.map for p in maps.values()])
 
     def _find_lives(self) -> None:
@@ -574,6 +579,8 @@ class _Builder:
         self.replaced: dict[int, memory.Map] = {}
         for i, item in enumerate(self.items):
             if not isinstance(item, Kernel) or item.residual is None:
+                continue
+            if item.kind not in _READS_A_RESIDUAL_ONCE:
                 continue
             old, new = item.residual.map, item.output.map
             if old is None or new is None or old.last != i or old is item.input.map or old.size != new.size:
@@ -665,6 +672,18 @@ def images_together(items: list[Kernel], first: int) -> tuple[int, int, int]:
 def _run(steps: Tensor, constants: list[Tensor], maps: list[Tensor], seconds: Tensor | None) -> None:
     if run_plan(steps, constants, maps, seconds) >= 0:
         raise NotFinite
+
+
+def fresh(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """A copy with these strides; where elements would share memory, without holes in it."""
+    if any(n > 1 and s == 0 for n, s in zip(shape, strides, strict=True)):
+        return t.reshape(shape).clone()
+    return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t.reshape(shape))
+
+
+def like(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """``t`` itself if it has these strides, else a copy that has."""
+    return t if t.stride() == strides else fresh(t, shape, strides)
 
 
 def _pool_fields(kernel_size: list[int], stride: list[int], padding: list[int]) -> dict[str, int]:

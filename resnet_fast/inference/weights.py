@@ -74,17 +74,19 @@ class Weights:
         folded = folded.reshape(folded.shape[0], -1, *conv.kernel)
         if kernel.name == "onednn":
             return PackedConv(pack_for_onednn(folded.to(dtype), geometry, input_size), bias.to(dtype))
-        padded = torch.zeros(len(bias) + _BEHIND_BIAS)
+        padded = torch.zeros(len(bias) + _BEHIND_BIAS, dtype=torch.float32)
         padded[: len(bias)] = bias
         return PackedConv(pack_weight(folded.contiguous(), kernel, geometry), padded)
 
     def keep_only(self, keys: set[tuple]) -> None:
         self._packed = {key: value for key, value in self._packed.items() if key in keys}
 
-    def bytes(self, kernel: str | None = None) -> int:
-        """Of all packed weights, or of those for the kernels of that name."""
-        found = [packed for key, packed in self._packed.items() if kernel in (None, key[0].name)]
-        return sum(_bytes(t) for packed in found for t in packed)
+    def bytes(self) -> int:
+        return sum(_bytes(t) for packed in self._packed.values() for t in packed)
+
+    def winograd_bytes(self) -> int:
+        """Of the transformed weights alone."""
+        return sum(_bytes(packed.weight) for key, packed in self._packed.items() if key[0].name == "winograd")
 
 
 def _bytes(t: Tensor) -> int:
