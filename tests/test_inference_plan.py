@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from resnet_fast import optimize_for_inference
 from resnet_fast.backends import CPU_LEVELS, cpu_level
-from resnet_fast.inference import fuse, memory, program
+from resnet_fast.inference import fuse, memory, plan, program
 from resnet_fast.inference.capture import capture
 from resnet_fast.inference.weights import fold, is_usable
 from resnet_fast.measure import random_model, relative_rms
@@ -501,6 +501,18 @@ def test_residual_in_place_here(channels, groups):
     optimized = optimize_for_inference(model, x)
     with torch.no_grad():
         assert relative_rms(optimized(x), copy.deepcopy(model).double()(x.double())) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("batch", (2, 3, 5, 8))
+def test_some_images_at_a_time(batch, dtype, monkeypatch):
+    """The first steps, two images at a time, make the same bits; what later ones read is there for the whole batch."""
+    model, x = random_model(torchvision.models.resnet18, torch.randn(4, 3, 64, 64)), torch.randn(batch, 3, 64, 64)
+    expected = optimize_for_inference(model, x, dtype)(x)
+    monkeypatch.setattr(plan, "_MAP_BYTES", 2 * 64 * 16 * 16 * dtype.itemsize // torch.get_num_threads())
+    optimized = optimize_for_inference(model, x, dtype)
+    assert next(iter(optimized._plans.values()))._builder.prefix == ((0, 0, 2) if batch == 2 else (0, 7, 2))
+    assert torch.equal(optimized(x), expected)
 
 
 @pytest.mark.parametrize("level", CPU_LEVELS)
