@@ -16,16 +16,17 @@ using torch::stable::Tensor;
 
 // One row of `steps`; what a kind does not need is 0. Maps are in channels_last and lie `..._at` bytes into the tensor
 // of that number in `maps`; weight and bias are numbers of tensors in `constants`. residual is -1 where there is none.
-#define RESNET_FAST_STEP_FIELDS(F)                                                                                 \
-  F(kind)                                                                                                          \
-  F(input)                                                                                                         \
-  F(input_at)                                                                                                      \
-  F(residual) F(residual_at) F(output) F(output_at) F(weight) F(bias) F(n) F(h) F(w) F(c) F(k) F(r) F(s) F(p) F(q) \
-      F(stride_h) F(stride_w) F(padding_h) F(padding_w) F(dilation_h) F(dilation_w) F(groups) F(input_type)        \
-          F(output_type) F(relu) F(tile) /* of Winograd */                                                         \
-      F(pool_kernel_h) F(pool_kernel_w) F(pool_stride_h) F(pool_stride_w) F(pool_padding_h) F(pool_padding_w)      \
-          F(pooled_h) F(pooled_w)                                                                                  \
-              F(image) /* conv_few_channels reads the caller's map in its own strides: from this image on */
+// `tile` is Winograd's. conv_few_channels reads the caller's map in its own strides, from `image` on.
+// clang-format off
+#define RESNET_FAST_STEP_FIELDS(F)                                                                                \
+  F(kind)                                                                                                         \
+  F(input) F(input_at) F(residual) F(residual_at) F(output) F(output_at) F(weight) F(bias)                        \
+  F(n) F(h) F(w) F(c) F(k) F(r) F(s) F(p) F(q)                                                                    \
+  F(stride_h) F(stride_w) F(padding_h) F(padding_w) F(dilation_h) F(dilation_w) F(groups)                         \
+  F(input_type) F(output_type) F(relu) F(tile) F(image)                                                           \
+  F(pool_kernel_h) F(pool_kernel_w) F(pool_stride_h) F(pool_stride_w) F(pool_padding_h) F(pool_padding_w)         \
+  F(pooled_h) F(pooled_w)
+// clang-format on
 
 #define RESNET_FAST_FIELD(name) int64_t name;
 struct Step {
@@ -33,11 +34,12 @@ struct Step {
 };
 #undef RESNET_FAST_FIELD
 
-#define RESNET_FAST_STEP_KINDS(K)                                                                     \
-  K(conv_few_channels)                                                                                \
-  K(conv_few_channels_max_pool)                                                                       \
-  K(conv_gemm) K(conv_grouped) K(conv_depthwise) K(conv_winograd) K(max_pool) K(avg_pool) K(add_relu) \
-      K(widen) /* a 16-bit map to float32 */
+// widen: a 16-bit map to float32.
+// clang-format off
+#define RESNET_FAST_STEP_KINDS(K)                                                                                 \
+  K(conv_few_channels) K(conv_few_channels_max_pool) K(conv_gemm) K(conv_grouped) K(conv_depthwise)               \
+  K(conv_winograd) K(max_pool) K(avg_pool) K(add_relu) K(widen)
+// clang-format on
 
 #define RESNET_FAST_KIND(name) name,
 enum Kind : int64_t { RESNET_FAST_STEP_KINDS(RESNET_FAST_KIND) };
