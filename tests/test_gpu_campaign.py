@@ -101,7 +101,7 @@ def test_a_failure_is_a_row_and_the_campaign_goes_on(tmp_path):
     arguments = ["--dtype", "float32", *SMALL, "--peers", "no such peer"]
     result = run("--out", str(tmp_path), "--steps", "peers,test", *arguments)
     assert result.returncode == 1
-    assert "FAILED: ValueError: --peers must be of resnet_fast, torch," in result.stdout
+    assert "FAILED: ValueError: --peers must be of resnet_fast, resnet_fast module, torch," in result.stdout
     assert [row["step"] for row in rows(tmp_path)][-1] == "test"
     assert "## Failed" in (tmp_path / "REPORT.md").read_text()
 

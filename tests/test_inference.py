@@ -407,14 +407,16 @@ def test_batch_norm_is_folded_in_float32():
 def test_integers_bit_for_bit():
     """Without Winograd's algorithm and with sums below 2^24, every order of summation gives the same."""
     layers = [
-        conv(3, 16, 7, stride=2), nn.BatchNorm2d(16, eps=0), nn.ReLU(), nn.MaxPool2d(3, 2, 1), conv(16, 32, 1),
-        nn.BatchNorm2d(32, eps=0), conv(32, 32, groups=32), nn.ReLU(), conv(32, 32, groups=8), conv(32, 16, stride=2),
+        conv(3, 16, 7, stride=2), nn.BatchNorm2d(16, eps=0.5), nn.ReLU(), nn.MaxPool2d(3, 2, 1), conv(16, 32, 1),
+        nn.BatchNorm2d(32, eps=0.5), conv(32, 32, groups=32), nn.ReLU(), conv(32, 32, groups=8), conv(32, 16, stride=2),
         nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4 * 4, 7),
     ]  # fmt: skip
     model = nn.Sequential(*layers).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randint(-1, 2, p.shape))
+        for norm in (model[1], model[5]):
+            norm.running_var.fill_(0.5)  # and eps: exactly 1
     x = torch.randint(-2, 3, (3, 3, 32, 32)).float()
     ref = copy.deepcopy(model).double()(x.double()).detach()
     assert 0 < ref.abs().max() < 2**24 and ref.std() > 0
@@ -441,8 +443,8 @@ def test_special_values(value):
 
 def test_folded_weights_that_are_not_finite():
     model = nn.Sequential(conv_bn_relu(3, 16), conv()).eval()
-    model[0][1].eps = 0.0
-    model[0][1].running_var[3] = 0
+    model[0][1].eps = 0.5
+    model[0][1].running_var[3] = -0.5
     x = images(2, 3, 12, 12)
     with torch.no_grad():
         ref = model(x)

@@ -121,8 +121,8 @@ def test_folding_is_the_layers_after_the_convolution():
 
 
 def test_folding_is_exact_in_powers_of_two():
-    model = nn.Sequential(conv(bias=False), nn.BatchNorm2d(16, eps=0)).eval()
-    model[1].running_var.fill_(0.25)
+    model = nn.Sequential(conv(bias=False), nn.BatchNorm2d(16, eps=0.125)).eval()
+    model[1].running_var.fill_(0.125)
     (step,) = steps_of(model)
     weight, bias = fold(model[0].weight.detach(), step.affine)
     assert torch.equal(weight, 2 * model[0].weight) and not bias.any()
