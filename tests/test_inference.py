@@ -659,6 +659,7 @@ REFUSED_TO_MAKE = {
     "float64": (ValueError, "float32, bfloat16, float16 or None", lambda: optimize_for_inference(conv(3).eval(), X, torch.float64)),
     "dtype's name": (ValueError, "got float32", lambda: optimize_for_inference(conv(3).eval(), X, "float32")),
     "negative memory": (ValueError, "got -1", lambda: optimize_for_inference(conv(3).eval(), X, weight_memory=-1)),
+    "memory yes": (ValueError, "got True", lambda: optimize_for_inference(conv(3).eval(), X, weight_memory=True)),
     "part of a byte": (ValueError, "got 1.5", lambda: optimize_for_inference(conv(3).eval(), X, weight_memory=1.5)),
 }  # fmt: skip
 

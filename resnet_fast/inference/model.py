@@ -281,7 +281,7 @@ def optimize_for_inference(
         _check_tensor(f"{_NAME}: example_input", x)
     if dtype not in (None, *FUSED_DTYPES):
         raise ValueError(f"{_NAME}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
-    if weight_memory is not None and (not isinstance(weight_memory, int) or weight_memory < 0):
+    if weight_memory is not None and (type(weight_memory) is not int or weight_memory < 0):
         raise ValueError(
             f"{_NAME}: weight_memory must be a number of bytes, at least 0, or None, got {weight_memory!r}"
         )
