@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from checks import UNIT_ROUNDOFF, assert_same_special_values
+from networks import Module, conv
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils import _pytree as pytree
@@ -44,23 +45,6 @@ def resnet18():
 
 def resnet(build=None):
     return random_model(build, images(4, 3, 64, 64)) if build else copy.deepcopy(resnet18())
-
-
-class Module(nn.Module):
-    """forward(*inputs) = function(self, *inputs), with these submodules and parameters."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
-def conv(c=16, k=16, size=3, **how):
-    return nn.Conv2d(c, k, size, padding=size // 2, **how)
 
 
 def conv_bn_relu(c=16, k=16, size=3, **how):

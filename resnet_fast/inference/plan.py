@@ -22,11 +22,11 @@ from ..choose import ConvKernel, choose_conv_on_cpu, conv_costs, multiplies_bflo
 from ..kernels.packing import compute_dtype
 from . import fuse, memory
 from .capture import Captured, is_fresh
+from .code import NEEDS_CONTIGUOUS, SAFE_FOR_ANY_STRIDES, fresh, like, literal
 from .fuse import FUSED_DTYPES, Conv, Step, value_of
 from .program import Row, run_plan, to_tensor, type_number
 from .weights import PackedConv, Weights, fold, is_usable
 
-_aten = torch.ops.aten
 _onednn = torch.ops.resnet_fast._conv_onednn.default
 
 
@@ -58,7 +58,6 @@ class Kernel:
     fields: dict[str, int]
     residual: Place | None = None
     packed: PackedConv | None = None
-    choice: ConvKernel | None = None
 
     def places(self) -> list[Place]:
         return [p for p in (self.input, self.residual, self.output) if p is not None]
@@ -249,7 +248,7 @@ class _Builder:
 
         steps = fuse.fuse(captured, is_usable)
         self.chosen = self._choose_all([step for step in steps if isinstance(step, Conv)])
-        self.steps = steps = self._pooled(steps)
+        steps = self._pooled(steps)
         self.outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
         for step in steps:
             self._lower(step)
@@ -473,12 +472,12 @@ class _Builder:
 
     def _torch(self, step: Step) -> None:
         node = step.node if isinstance(step, fuse.Torch) else step.output
-        target = _SAFE_FOR_ANY_STRIDES.get(node.target, node.target)
+        target = SAFE_FOR_ANY_STRIDES.get(node.target, node.target)
         name, function = f"v_{node.name}", f"f_{node.name}"
         self.names[function] = target
-        convert = ".contiguous()" if node.target in _NEEDS_CONTIGUOUS else ""
-        args = [_literal(a, lambda n: self._text(n) + convert) for a in node.args]
-        args += [f"{key}={_literal(a, self._text)}" for key, a in node.kwargs.items()]
+        convert = ".contiguous()" if node.target in NEEDS_CONTIGUOUS else ""
+        args = [literal(a, lambda n: self._text(n) + convert) for a in node.args]
+        args += [f"{key}={literal(a, self._text)}" for key, a in node.kwargs.items()]
         self._code(step, f"{name} = {function}({', '.join(args)})")
         value = value_of(node)
         size = _four(value.shape) if isinstance(value, Tensor) and value.dim() <= 4 else ()
@@ -576,7 +575,6 @@ class _Builder:
 
     def _reuse_residuals(self) -> None:
         """A residual that is read for the last time is where the sum goes."""
-        self.replaced: dict[int, memory.Map] = {}
         for i, item in enumerate(self.items):
             if not isinstance(item, Kernel) or item.residual is None:
                 continue
@@ -594,7 +592,6 @@ class _Builder:
             for p in self.where.values():
                 if p.map is new:
                     p.map = old
-            self.replaced[id(new)] = old
 
     def _prefix(self) -> tuple[int, int, int]:
         """Items [first, last) that run some images at a time, and how many."""
@@ -657,9 +654,10 @@ class _Builder:
 
 
 # The first steps run so many images at a time that no map takes more than this for each thread, as far as the weights,
-# which are then read for every few images, take no more than that: both stay in a shared cache of 16 MiB a thread.
-# ResNet-50 then took 0.98 of the time of whole batches (2 Zen 5 cores; batch 8 and 32, float32 and bfloat16), ResNet-18
-# 0.99-1.0; but with one image at a time from first to last 1.2 and 1.7 times as long (batch 8).
+# which are then read for every few images, take no more than the second: both fit a shared cache of 16 MiB a thread.
+# ResNet-50 then took 0.95-0.98 of the time of whole batches by minima, 0.98-0.99 by medians (2 Zen 5 cores; batch 8 and
+# 32, float32 and bfloat16), ResNet-18 0.94-1.0 and, on a noisy machine, 1.0-1.07; with one image at a time from first
+# to last 1.2 and 1.7 times as long (batch 8).
 _MAP_BYTES, _WEIGHT_BYTES = 4 << 20, 6 << 20
 
 
@@ -686,44 +684,9 @@ def _run(steps: Tensor, constants: list[Tensor], maps: list[Tensor], seconds: Te
         raise NotFinite
 
 
-def fresh(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """A copy with these strides; where elements would share memory, without holes in it."""
-    if any(n > 1 and s == 0 for n, s in zip(shape, strides, strict=True)):
-        return t.reshape(shape).clone()
-    return torch.empty_strided(shape, strides, dtype=t.dtype).copy_(t.reshape(shape))
-
-
-def like(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """``t`` itself if it has these strides, else a copy that has."""
-    return t if t.stride() == strides else fresh(t, shape, strides)
-
-
 def _pool_fields(kernel_size: list[int], stride: list[int], padding: list[int]) -> dict[str, int]:
     sizes = {"kernel": kernel_size, "stride": stride, "padding": padding}
     return {f"pool_{name}_{d}": pair[i] for name, pair in sizes.items() for i, d in enumerate("hw")}
-
-
-# A map in channels_last has no view as one dimension.
-_SAFE_FOR_ANY_STRIDES = {
-    _aten.view.default: _aten.reshape.default,
-    _aten._unsafe_view.default: _aten.reshape.default,
-}
-_NEEDS_CONTIGUOUS = {_aten.as_strided.default}
-
-
-def _literal(value: Any, text: Callable[[fx.Node], str]) -> str:
-    if isinstance(value, fx.Node):
-        return text(value)
-    if isinstance(value, (list, tuple)):
-        inner = ", ".join(_literal(v, text) for v in value)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
-    if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
-        return f"__import__('torch').{str(value).removeprefix('torch.')}"
-    if isinstance(value, torch.device):
-        return repr(str(value))
-    if isinstance(value, float) and not torch.tensor(value).isfinite():
-        return f"float('{value}')"
-    return repr(value)
 
 
 def _view_of(place: Place, value: Tensor) -> Callable[[Tensor], Tensor]:
