@@ -32,7 +32,8 @@ static void conv_row_of(const ConvRow& row) {
         const int64_t pixel = row.pixels * tile / tiles, rows = row.pixels * (tile + 1) / tiles - pixel;
         Out* out = static_cast<Out*>(row.output) + pixel * row.filters + filter;
         const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu};
-        gemm_tile<In, Out>(rows, vectors)(at, row.taps, pixel * row.pixel_step, row.depth, panel, o);
+        gemm_tile<In, Out>(rows, vectors)(at, row.taps, pixel * row.pixel_step, row.depth, panel, o,
+                                          ahead_in_panel(panel, vectors));
       }
     }
   }

@@ -119,11 +119,12 @@ static inline void prefetch_rows(const Block<In>& b, int64_t tile, int64_t tap, 
   }
 }
 
-// Depth that is summed at once: each tile takes all panels in turn, so that outputs are written, and the residual read,
-// row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3 cores, batch 8). What is
-// prefetched makes 64 to 256 channels at 56x56 1.2 times as fast, with a residual 1.5 times (2 Zen 5 cores, batch 8).
+// Tile by tile, where the depth can be summed at once: each takes all panels in turn, so that outputs are written, and
+// the residual read, row after row. Panel by panel, 128 to 512 channels at 28x28 took 1.26 times as long (2 Zen 3
+// cores, batch 8). What is prefetched makes 64 to 256 channels at 56x56 1.2 times as fast, with a residual 1.5 times (2
+// Zen 5 cores, batch 8).
 template <typename Out, typename In>
-static void shallow(const Block<In>& b, int64_t filter_begin, int64_t filter_end) {
+static void sum_by_tile(const Block<In>& b, int64_t filter_begin, int64_t filter_end) {
   for (int64_t tile = 0; tile < b.tiles; ++tile) {
     const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
     prefetch_rows(b, tile + 1, 0, b.taps, 0, b.depth);
@@ -132,15 +133,16 @@ static void shallow(const Block<In>& b, int64_t filter_begin, int64_t filter_end
       TileOutput o = output_of<Out>(b, pixel, filter, vectors * width);
       o.start = b.conv.bias + b.first + filter;
       prefetch_residual<Out>(o, rows);
-      gemm_tile<In, Out>(rows, vectors)(b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth,
-                                        b.weight + filter * b.taps * b.depth, o);
+      const In* panel = b.weight + filter * b.taps * b.depth;
+      gemm_tile<In, Out>(rows, vectors)(b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth, panel, o,
+                                        ahead_in_panel(panel, vectors));
     }
   }
 }
 
-// Greater depth: each chunk of a panel is summed for all tiles in turn, while it is in the L1 cache.
+// Panel by panel: each chunk of one is summed for all tiles in turn, while it is in the L1 cache.
 template <typename Out, typename In>
-static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
+static void sum_by_panel(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
   const int64_t chunk = b.depth < depth_chunk<In> ? b.depth : depth_chunk<In>;
   const int64_t chunk_taps = b.depth < depth_chunk<In> ? depth_chunk<In> / b.depth : 1;
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
@@ -151,6 +153,7 @@ static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, f
       for (int64_t k = 0; k < b.depth; k += chunk) {
         const int64_t depth = k + chunk < b.depth ? chunk : b.depth - k;
         const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
+        const In* weight = panel + (tap * b.depth + k) * columns;
         const auto tile_of = is_last ? gemm_tile<In, Out> : gemm_tile<In, float>;
         for (int64_t tile = 0; tile < b.tiles; ++tile) {
           const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
@@ -160,18 +163,29 @@ static void deep(const Block<In>& b, int64_t filter_begin, int64_t filter_end, f
           o.start = is_first ? b.conv.bias + b.first + filter : sums;
           o.start_stride = is_first ? 0 : columns;
           prefetch_residual<Out>(o, rows);
-          tile_of(rows, vectors)(b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth,
-                                 panel + (tap * b.depth + k) * columns, o);
+          tile_of(rows, vectors)(b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth, weight, o,
+                                 ahead_of_chunk(weight, taps * depth, columns, tile, b.tiles));
         }
       }
     }
   }
 }
 
+// Whether to go panel by panel, each fetched while the one before it is multiplied: there are more of them than the L2
+// cache holds, or they come from memory and are needed once. At batch 1 512 to 2048 channels at 7x7 took 0.83 of the
+// time (2 Zen 5 cores, float32); 256 to 1024 channels in bfloat16, 512 KiB, took 1.04 times as long.
+template <typename In>
+static bool panel_by_panel(const Block<In>& b, int64_t filters) {
+  const ConvShape& s = b.conv.shape;
+  constexpr int64_t most_bytes = 640 << 10;  // of panels
+  const int64_t depth = b.taps * b.depth, bytes = filters * depth * int64_t(sizeof(In));
+  return depth > depth_chunk<In> || bytes > most_bytes || filters <= panel_width || b.pixels == s.n * s.p * s.q;
+}
+
 template <typename Out, typename In>
 static void multiply(const Block<In>& b, int64_t filter_begin, int64_t filter_end, float* partial) {
-  if (b.taps * b.depth <= depth_chunk<In>) return shallow<Out>(b, filter_begin, filter_end);
-  deep<Out>(b, filter_begin, filter_end, partial);
+  if (panel_by_panel(b, filter_end - filter_begin)) return sum_by_panel<Out>(b, filter_begin, filter_end, partial);
+  sum_by_tile<Out>(b, filter_begin, filter_end);
 }
 
 // `row` points into the maps or, in float32, to pixels widened to it.

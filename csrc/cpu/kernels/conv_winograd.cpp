@@ -216,7 +216,8 @@ static bool output_panel(const Conv& conv, const In* transformed, int64_t stride
         float* out = products + xi * products_stride + first * columns;
         const float* start = k == 0 ? nullptr : out;
         gemm_tile<In, float>(rows, vectors)(row, 1, k, depth, panel,
-                                            {start, columns, out, nullptr, columns, columns, false});
+                                            {start, columns, out, nullptr, columns, columns, false},
+                                            ahead_of_chunk(panel, depth, columns, t, tiles));
       }
       panel += depth * columns;
     }

@@ -54,7 +54,7 @@ static inline vec multiply_add(const bf16*, vec row, vec panel, vec sum) {
 
 template <int rows, int vectors, typename In, typename Out>
 static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps, int64_t offset, int64_t depth,
-                                              const In* panel, const TileOutput& o) {
+                                              const In* panel, const TileOutput& o, Ahead ahead) {
   constexpr int64_t step = per_step<In>, step_size = step * vectors * width;
   vec sum[rows][vectors];
   each<rows, vectors>([&](int i, int j) { sum[i][j] = vec{}; });
@@ -67,7 +67,8 @@ static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps
     each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
     int64_t k = 0;
     for (; k + step <= depth; k += step, panel += step_size) {
-      __builtin_prefetch(panel + prefetch_steps * step_size);
+      __builtin_prefetch(ahead.at);
+      ahead.at += ahead.step;
       vec b[vectors], x;
       each<vectors, 1>([&](int j, int) { b[j] = panel_step(panel + j * width * step); });
       each<rows, vectors>([&](int i, int j) {
