@@ -184,9 +184,9 @@ class ConvKernel:
 
 # A weight that comes from memory costs as much as this many multiplications with it: 4 bytes at 20-28 GB/s are 15-20
 # multiply-adds of 2 Zen 3 cores (98e9 a second), and prefetching hides a part. Whole networks in float32 on 2 Zen 5
-# cores: at batch 1 F(2,3) instead of F(5,3) for 256 channels at 14x14 (from 11.1 on) took 0.96 (ResNet-18) and 0.98
-# (ResNet-50) of the time; at batch 2 F(2,3) instead of F(4,3) for 512 channels at 7x7 (from 11.6 on) took 1.04, at
-# batch 4 1.08 times as long.
+# cores: at batch 1 F(2,3) instead of F(5,3) for 256 channels at 14x14 (from 11.1 on) took 0.95 (ResNet-18) and 0.97
+# (ResNet-50) of the time, F(2,3) instead of F(4,3) for 512 channels at 7x7 0.80 and 0.94; at batch 2 the latter (from
+# 11.6 on) took 1.03 times as long.
 _STREAMING = 11.3
 # Winograd's transforms, for a value of an input tile and for a product, in multiplications: with 64 channels and
 # filters they take a quarter of the time of the products.
