@@ -54,7 +54,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import torch; assert torch.__version__.startswith('2.11.'), torch.__version__"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_inference.py tests/test_inference_plan.py \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_inference.py tests/test_inference_model.py tests/test_inference_plan.py \
 		-k "of_this_package or blocks or outputs or fused or copies or functional or refused or bit_for_bit"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_gpu_campaign.py -k "every_step or dry_run"
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from checks import assert_accurate, assert_same_special_values, relative_error
+from checks import assert_accurate, assert_same_special_values
+
+from resnet_fast.measure import relative_rms
 
 
-def test_relative_error_is_exact():
-    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == pytest.approx((0.5 / 9) ** 0.5)
+def test_relative_rms_is_exact():
+    assert relative_rms(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == pytest.approx((0.5 / 9) ** 0.5)
 
 
 def test_accurate_accepts_stock_and_refuses_worse():

@@ -9,7 +9,6 @@ from checks import (
     assert_accurate,
     assert_passes_at_level,
     assert_same_special_values,
-    relative_error,
 )
 from torch.library import opcheck
 from winograd import LARGEST_ERROR
@@ -18,6 +17,7 @@ import resnet_fast
 from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.bench import layers
 from resnet_fast.choose import choose_conv_on_cpu, has_few_channels
+from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 from resnet_fast.ops.conv_bn_relu import conv_pairs
 from resnet_fast.ops.weight_cache import packed_weights
@@ -83,7 +83,7 @@ def assert_right(tensors, geometry):
     stock = [conv_bn_relu_ref(**t, **geometry) for t in (tensors, in_channels_last(tensors))]
     exact, tile = conv_bn_relu_ref(**in_double(tensors), **geometry), winograd_tile(tensors, geometry, out.shape)
     if tile and out.dtype == torch.float32:
-        assert relative_error(out, exact) <= LARGEST_ERROR[tile]
+        assert relative_rms(out, exact) <= LARGEST_ERROR[tile]
     else:
         assert_accurate(out, exact, stock)
     expected = torch.empty(out.shape, memory_format=torch.channels_last)

@@ -15,7 +15,6 @@ from checks import (
     assert_accurate,
     assert_passes_at_level,
     assert_same_special_values,
-    relative_error,
 )
 from winograd import LARGEST_ERROR, winograd
 
@@ -23,6 +22,7 @@ from resnet_fast import choose
 from resnet_fast.backends import CPU_LEVELS, cpu_level
 from resnet_fast.bench import layers
 from resnet_fast.kernels.packing import pack_few_channels
+from resnet_fast.measure import relative_rms
 
 ops = torch.ops.resnet_fast
 TILES = (2, 4, 5)
@@ -281,7 +281,7 @@ def test_kernels_winograd(case, tile, dtype):
             exact = reference(*double(x, weight, bias, residual), **how)
             assert out.dtype == dtype
             assert finite and out.shape == exact.shape and out.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(out.double(), exact) or relative_error(out, exact) <= LARGEST_ERROR[tile] + rounding
+            assert torch.equal(out.double(), exact) or relative_rms(out, exact) <= LARGEST_ERROR[tile] + rounding
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
@@ -439,9 +439,9 @@ def test_winograd_error(layer, tile):
     zeros = torch.zeros(layer.filters)
     out, _ = fast(x, weight, zeros, tile, relu=False)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    plain = relative_error(winograd(x, weight, tile, 1), exact)
-    assert relative_error(winograd(x.double(), weight.double(), tile, 1), exact) < 1e-13
-    assert relative_error(out, exact) <= min(1.5 * plain, LARGEST_ERROR[tile])
+    plain = relative_rms(winograd(x, weight, tile, 1), exact)
+    assert relative_rms(winograd(x.double(), weight.double(), tile, 1), exact) < 1e-13
+    assert relative_rms(out, exact) <= min(1.5 * plain, LARGEST_ERROR[tile])
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -473,7 +473,7 @@ def test_kernels_strides(layout):
         exact = reference(*double(*args))
         assert_accurate(gemm(*args), exact, [reference(*args)])
         assert_accurate(grouped(*args), exact, [reference(*args)])
-        assert relative_error(fast(*args[:3], 4, args[3])[0], exact) <= LARGEST_ERROR[4]
+        assert relative_rms(fast(*args[:3], 4, args[3])[0], exact) <= LARGEST_ERROR[4]
 
 
 def test_kernels_empty_batch():

@@ -433,7 +433,7 @@ def assert_random_network_is_right(seed, dtype):
     for o, k, e, *theirs in zip(out, kept, exact, *stock, strict=True):
         assert torch.equal(o, k) and o.shape == e.shape and o.dtype == dtype
         if e.isfinite().all() and e.any():
-            # Winograd's algorithm rounds more than torch does; see test_inference.py. In 16 bits small maps have few
+            # Winograd's algorithm rounds more than torch does; see checks.LOOSE. In 16 bits small maps have few
             # values, so that their errors scatter.
             least = 1e-5 if dtype == torch.float32 else 3 * UNIT_ROUNDOFF[dtype]
             bound = max(6 * max(relative_rms(t, e) for t in theirs), least)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from checks import UNIT_ROUNDOFF, relative_error
+from checks import UNIT_ROUNDOFF
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import feature_extraction, segmentation
@@ -18,6 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import resnet_fast
 from resnet_fast import models
 from resnet_fast.bench import layers
+from resnet_fast.measure import relative_rms
 
 NAMES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
@@ -65,7 +66,7 @@ def fused(model):
 
 def assert_same(out, ref):
     assert ref.isfinite().all() and ref.std() > 0
-    assert relative_error(out, ref) < 5e-6  # the same function, not the same rounding
+    assert relative_rms(out, ref) < 5e-6  # the same function, not the same rounding
 
 
 def assert_gradients(ours, stock, exact):
@@ -85,12 +86,12 @@ def test_numbers_names_and_state(name, x):
     with torch.no_grad():
         ref = stock.double()(x.double())
         stock.float()
-        layouts = [relative_error(stock(x), ref)]
+        layouts = [relative_rms(stock(x), ref)]
         stock.to(memory_format=torch.channels_last)
-        layouts.append(relative_error(stock(x.contiguous(memory_format=torch.channels_last)), ref))
+        layouts.append(relative_rms(stock(x.contiguous(memory_format=torch.channels_last)), ref))
         stock.to(memory_format=torch.contiguous_format)
         assert ref.isfinite().all() and ref.std() > 0.01
-        error = relative_error(ours(x), ref)
+        error = relative_rms(ours(x), ref)
         assert error <= min(2 * max(layouts) + 1e-7, 5e-6)
         with resnet_fast.use_backend("reference"):
             assert torch.equal(ours(x), stock(x))
@@ -170,7 +171,7 @@ def test_half_precision(dtype, x):
     with torch.no_grad():
         out, theirs = ours(x.to(dtype)), stock(x.to(dtype))
     assert out.dtype == dtype and all(fused(ours))
-    assert relative_error(out, ref) <= 2 * relative_error(theirs, ref)
+    assert relative_rms(out, ref) <= 2 * relative_rms(theirs, ref)
 
 
 def test_double_is_torchs(x):
@@ -186,7 +187,7 @@ def test_autocast(both, x):
         out, theirs = ours(x), stock(x)
     assert out.dtype == theirs.dtype
     ref = copy.deepcopy(stock).double()(x.double())
-    assert relative_error(out, ref) <= 2 * relative_error(theirs, ref)
+    assert relative_rms(out, ref) <= 2 * relative_rms(theirs, ref)
 
 
 def test_autocast_block_keeps_torchs_dtype(both):
@@ -558,11 +559,11 @@ def test_on_a_gpu(name, dtype, x):
     with torch.no_grad():
         ref = copy.deepcopy(stock).double()(x.double())
         ours, stock, x = ours.to(dtype), stock.to(dtype), x.to(dtype)
-        layouts = [relative_error(stock(x), ref)]
+        layouts = [relative_rms(stock(x), ref)]
         stock.to(memory_format=torch.channels_last)
-        layouts.append(relative_error(stock(x.contiguous(memory_format=torch.channels_last)), ref))
+        layouts.append(relative_rms(stock(x.contiguous(memory_format=torch.channels_last)), ref))
         assert ref.isfinite().all() and ref.std() > 0.01
         assert all(fused(ours))
         for backend in (None, "triton", "cuda"):
             with resnet_fast.use_backend(backend):
-                assert relative_error(ours(x), ref) <= 2 * max(layouts) + UNIT_ROUNDOFF[dtype]
+                assert relative_rms(ours(x), ref) <= 2 * max(layouts) + UNIT_ROUNDOFF[dtype]

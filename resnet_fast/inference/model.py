@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from .capture import capture, frozen_copy
 from .explain import LayerTable, layer_table
 from .fuse import FUSED_DTYPES
-from .plan import NotFinite, Options, Plan
+from .kernel_choice import Options
+from .plan import NotFinite, Plan
 from .weights import Weights
 
 # Input shapes whose plans are kept; the one that was not used for longest is dropped first. A plan holds the packed

@@ -11,65 +11,28 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..choose import ConvKernel, choose_conv_on_cpu, conv_costs, multiplies_bfloat16, onednn_runs
-from ..kernels.packing import compute_dtype
+from ..choose import onednn_runs
 from . import fuse, memory
 from .capture import Captured, is_fresh
 from .code import NEEDS_CONTIGUOUS, SAFE_FOR_ANY_STRIDES, fresh, like, literal
 from .fuse import FUSED_DTYPES, Conv, Step, value_of
-from .program import Row, run_plan, to_tensor, type_number
-from .weights import PackedConv, Weights, fold, is_usable
+from .items import Code, Kernel, Place, four
+from .kernel_choice import Options, choose_kernels, sizes_of
+from .program import Segment, run_plan, to_tensor
+from .weights import PackedConv, Weights, is_usable
 
 _onednn = torch.ops.resnet_fast._conv_onednn.default
 
 
 class NotFinite(Exception):
     """A result of Winograd's algorithm is not finite: the plan without it must run."""
-
-
-@dataclass
-class Place:
-    """Where a node's value lies: in a map of the arena, or in a variable of the generated code."""
-
-    size: tuple[int, int, int, int]  # [N, C, H, W]; a matrix has H = W = 1
-    dtype: torch.dtype
-    map: memory.Map | None = None
-    variable: str = ""
-
-    def image_bytes(self) -> int:
-        return prod(self.size[1:]) * self.dtype.itemsize
-
-
-@dataclass
-class Kernel:
-    """A call of a kernel in csrc/cpu/."""
-
-    step: Step
-    kind: str
-    input: Place
-    output: Place
-    fields: dict[str, int]
-    residual: Place | None = None
-    packed: PackedConv | None = None
-
-    def places(self) -> list[Place]:
-        return [p for p in (self.input, self.residual, self.output) if p is not None]
-
-
-@dataclass
-class Code:
-    """A line of Python; ``reads``: the maps that it, or what it makes, looks at."""
-
-    step: Step | None
-    text: str
-    reads: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -84,22 +47,10 @@ class Layer:
     reason: str
 
 
-class Options(NamedTuple):
-    """winograd: may be used; weight_memory: bytes that its weights may take, or None."""
-
-    winograd: bool = True
-    weight_memory: int | None = None
-
-
 class Plan:
     """What runs for one shape. ``keys``: of the packed weights that it uses."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        weights: Weights,
-        options: Options,
-    ) -> None:
+    def __init__(self, captured: Captured, weights: Weights, options: Options) -> None:
         builder = _Builder(captured, weights, options)
         self.out_spec = captured.out_spec
         self.keys = builder.keys
@@ -164,72 +115,9 @@ def _rounds_down(pool: fuse.MaxPool) -> bool:
     return list(value_of(pool.output).shape[2:]) == [(n + 2 * p - k) // s + 1 for n, k, s, p in sizes]
 
 
-def _weight_size(conv: Conv) -> list[int]:
-    """[K, C / groups, R, S], of linear layers too."""
-    weight = value_of(conv.weight)
-    return [weight.shape[0], weight[0].numel() // prod(conv.kernel), *conv.kernel]
-
-
-def _pairs_of_bfloat16(conv: Conv) -> bool:
-    return value_of(conv.output).dtype == torch.bfloat16 and multiplies_bfloat16()
-
-
-def _four(shape: torch.Size) -> tuple[int, int, int, int]:
-    return (*shape, *[1] * (4 - len(shape)))
-
-
-class Segment:
-    """Calls of kernels with no Python between them. ``slots``: the tensors that hold maps, by their expressions."""
-
-    def __init__(self, whole: set[int], layer_of: dict[int, int]) -> None:
-        self.whole, self.layer_of = whole, layer_of
-        self.slots: dict[str, int] = {}
-        self.constants: list[Tensor] = [torch.zeros(0, dtype=torch.float32)]
-        self.packed_at: dict[int, int] = {}  # by id of the kernel
-        self.rows: list[Row] = []
-        self.layers: list[int] = []  # of the rows
-
-    def add(self, item: Kernel, image: int, images: int) -> None:
-        """Appends the call for images [image, image + images)."""
-        _, c, h, w = item.input.size
-        row = Row(item.kind, n=images, c=c, h=h, w=w)
-        row.update(item.fields)
-        row.update({"input_type": type_number(item.input.dtype), "output_type": type_number(item.output.dtype)})
-        for name, p in (("input", item.input), ("residual", item.residual), ("output", item.output)):
-            if p is not None:
-                row.update({name: self._slot(p), f"{name}_at": self._at(p, image)})
-        if item.kind.startswith("conv_few_channels"):
-            row.update({"image": image, "input_at": 0})
-        if item.packed is not None:
-            at = self.packed_at.setdefault(id(item), len(self.constants))
-            if at == len(self.constants):
-                self.constants += item.packed
-            row.update({"weight": at, "bias": at + 1})
-            self._grow_zeros(c)
-        self.rows.append(row)
-        self.layers.append(self.layer_of[id(item.step)])
-
-    def _slot(self, p: Place) -> int:
-        return self.slots.setdefault(p.variable or "arena", len(self.slots))
-
-    def _at(self, p: Place, image: int) -> int:
-        """Bytes into the tensor; a map of the first steps that is not whole holds the images of now alone."""
-        if p.map is None:
-            return image * p.image_bytes()
-        return p.map.at + (image * p.image_bytes() if id(p.map) in self.whole else 0)
-
-    def _grow_zeros(self, channels: int) -> None:
-        if len(self.constants[0]) < channels + _BEHIND_ZEROS:
-            self.constants[0] = torch.zeros(channels + _BEHIND_ZEROS, dtype=torch.float32)
-
-
-# Floats behind the zeros that stand for a padded pixel's channels: a vector of the widest level.
-_BEHIND_ZEROS = 16
-
-
 class _Builder:
     def __init__(self, captured: Captured, weights: Weights, options: Options) -> None:
-        self.captured, self.weights, self.options = captured, weights, options
+        self.captured, self.weights = captured, weights
         self.items: list[Kernel | Code] = []
         self.where: dict[fx.Node, Place] = {}
         self.aliases: dict[fx.Node, set[int]] = {}  # maps, by id, whose memory a variable may share
@@ -244,12 +132,12 @@ class _Builder:
         self.allocations: list[str] = []
         self.inputs = [f"x{i}" for i in range(len(captured.inputs))]
         for node, name in zip(captured.inputs, self.inputs, strict=True):
-            self.where[node] = Place(_four(value_of(node).shape), value_of(node).dtype, variable=name)
+            self.where[node] = Place(four(value_of(node).shape), value_of(node).dtype, variable=name)
 
         steps = fuse.fuse(captured, is_usable)
-        self.chosen = self._choose_all([step for step in steps if isinstance(step, Conv)])
-        steps = self._pooled(steps)
+        self.chosen = choose_kernels([step for step in steps if isinstance(step, Conv)], captured, weights, options)
         self.outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
+        steps = self._pooled(steps)
         for step in steps:
             self._lower(step)
         self.outside: dict[str, fx.Node] = {}  # variables of results that a kernel writes, and their nodes
@@ -261,74 +149,17 @@ class _Builder:
 
     # From steps to items
 
-    def _choose(self, conv: Conv) -> ConvKernel:
-        """The fastest kernel."""
-        size, out = self._sizes(conv)
-        weight_size = _weight_size(conv)
-        dtype = value_of(conv.output).dtype
-        if dtype == torch.float16:  # whether oneDNN may take it depends on the values
-            folded, _ = fold(self.captured.constants[conv.weight], conv.affine)
-            dtype = compute_dtype(folded.reshape(weight_size), dtype)
-        kernel = choose_conv_on_cpu(
-            size, weight_size, out, conv.stride, conv.padding, conv.dilation, conv.groups, len(conv.inputs) > 1, dtype
-        )
-        if kernel.name == "winograd" and not self.options.winograd:
-            return ConvKernel("gemm", bfloat16=_pairs_of_bfloat16(conv))
-        return kernel
-
-    def _choose_all(self, convs: list[Conv]) -> dict[int, ConvKernel]:
-        """The kernel of each, by id; Winograd's weights within the bound: whichever saves most time for its bytes."""
-        chosen = {id(conv): self._choose(conv) for conv in convs}
-        most = self.options.weight_memory
-        if most is None:
-            return chosen
-        while True:
-            winograd = [conv for conv in convs if chosen[id(conv)].name == "winograd"]
-            sizes = {id(conv): self._new_bytes(conv, chosen[id(conv)]) for conv in winograd}
-            if sum(sizes.values()) + self.weights.winograd_bytes() <= most or not any(sizes.values()):
-                return chosen
-            changes = [change for conv in winograd for change in self._smaller(conv, chosen[id(conv)])]
-            _, conv, kernel = min(changes, key=lambda change: change[0])
-            chosen[id(conv)] = kernel
-
-    def _new_bytes(self, conv: Conv, kernel: ConvKernel) -> int:
-        if kernel.name != "winograd" or self.weights.has(conv, self.captured, kernel):
-            return 0
-        k, c, *_ = _weight_size(conv)
-        k, c = -(-k // 16) * 16, c + c % 2  # whole vectors, and pairs, at every level
-        return (kernel.tile + 2) ** 2 * k * c * (2 if kernel.bfloat16 else 4)
-
-    def _smaller(self, conv: Conv, kernel: ConvKernel) -> list[tuple[float, Conv, ConvKernel]]:
-        """Other kernels, with the time lost for every byte won."""
-        k, c, *_ = weight_size = _weight_size(conv)
-        _, out = self._sizes(conv)
-        costs = conv_costs(weight_size, out, conv.stride, conv.dilation, _pairs_of_bfloat16(conv))
-        now = self._new_bytes(conv, kernel)
-        found = []
-        for other, cost in costs.items():
-            won = now - self._new_bytes(conv, other)
-            if won > 0:
-                found.append(((cost - costs[kernel]) * k * c / won, conv, other))
-        return found
-
-    def _sizes(self, conv: Conv) -> tuple[list[int], list[int]]:
-        """Of its input and of the convolution's result, without the pooling behind it."""
-        size = _four(value_of(conv.inputs[0]).shape)
-        last = conv.parts[-1]
-        return list(size), list(_four(value_of(last).shape))
-
     def _pooled(self, steps: list[Step]) -> list[Step]:
         """Max-pooling right behind a first layer becomes a part of it."""
         readers: dict[fx.Node, int] = {}
         for step in steps:
             for node in step.inputs:
                 readers[node] = readers.get(node, 0) + 1
-        outputs = {o for o in self.captured.outputs if isinstance(o, fx.Node)}
         made_by = {step.output: step for step in steps}
         found = []
         for step in steps:
             conv = made_by.get(step.inputs[0]) if isinstance(step, fuse.MaxPool) else None
-            alone = isinstance(conv, Conv) and readers[conv.output] == 1 and conv.output not in outputs
+            alone = isinstance(conv, Conv) and readers[conv.output] == 1 and conv.output not in self.outputs
             if alone and conv.relu and self.chosen[id(conv)].name == "few channels" and _rounds_down(step):
                 found.remove(conv)
                 pool = (step.kernel_size, step.stride, step.padding)
@@ -353,7 +184,7 @@ class _Builder:
             self._kernel(step, "add_relu", a, b, {"p": h, "q": w, "k": c})
         elif isinstance(step, fuse.View) and self._in_map(step.inputs[0]):
             before = self.where[step.inputs[0]]
-            self.where[step.output] = replace(before, size=_four(value_of(step.output).shape))
+            self.where[step.output] = replace(before, size=four(value_of(step.output).shape))
             return
         else:
             self._torch(step)
@@ -379,7 +210,7 @@ class _Builder:
         dtype = dtype or value.dtype
         m = memory.Map(value.numel() * dtype.itemsize, len(self.items), len(self.items))
         self.maps[id(m)] = m
-        return Place(_four(value.shape), dtype, m)
+        return Place(four(value.shape), dtype, m)
 
     def _operand(self, node: fx.Node) -> Place:
         """The value as kernels take it: dense, in channels_last."""
@@ -394,7 +225,7 @@ class _Builder:
         return self.where[node]
 
     def _conv(self, conv: Conv) -> None:
-        size, out = self._sizes(conv)
+        size, out = sizes_of(conv)
         n, c, h, w = size
         _, k, p, q = out
         depth = c // conv.groups
@@ -439,7 +270,7 @@ class _Builder:
         x = f"{reads[0]}[:, :, None, None]" if value_of(conv.inputs[0]).dim() == 2 else reads[0]
         flat = ".flatten(1)" if value_of(conv.output).dim() == 2 else ""  # a linear layer
         self._code(conv, f"{name} = onednn({x}, w{i}, b{i}, {residual}, {geometry}){flat}")
-        self.where[conv.output] = Place(_four(value_of(conv.output).shape), value_of(conv.output).dtype, variable=name)
+        self.where[conv.output] = Place(four(value_of(conv.output).shape), value_of(conv.output).dtype, variable=name)
         self._say(conv, "oneDNN", False, flops, "faster than ours for this shape")
 
     def _max_pool(self, step: fuse.MaxPool) -> None:
@@ -480,7 +311,7 @@ class _Builder:
         args += [f"{key}={literal(a, self._text)}" for key, a in node.kwargs.items()]
         self._code(step, f"{name} = {function}({', '.join(args)})")
         value = value_of(node)
-        size = _four(value.shape) if isinstance(value, Tensor) and value.dim() <= 4 else ()
+        size = four(value.shape) if isinstance(value, Tensor) and value.dim() <= 4 else ()
         self.where[node] = Place(size, getattr(value, "dtype", None), variable=name)
         if not is_fresh(node):
             self.aliases[node] = set(self.items[-1].reads)
@@ -520,7 +351,7 @@ class _Builder:
         """Whether a kernel can write the result where it stays: nothing else looks at the map but kernels."""
         if any(key == id(place.map) for key, _ in self.view_of) or value.dim() not in (2, 4):
             return False
-        _, c, h, w = _four(value.shape)
+        _, c, h, w = four(value.shape)
         return h * w == 1 or value.stride() == (c * h * w, 1, w * c, c)
 
     def _write_outside(self, m: memory.Map, output: fx.Node, value: Tensor) -> None:

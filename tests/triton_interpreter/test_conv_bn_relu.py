@@ -6,11 +6,12 @@ stock torch's own, plus one rounding.
 
 import pytest
 import torch
-from checks import UNIT_ROUNDOFF, assert_same_special_values, relative_error
+from checks import UNIT_ROUNDOFF, assert_same_special_values
 from test_conv_bn_relu import CHANNELS, DTYPES, GEOMETRIES, TAILS, VECTORS, assert_right, in_double, problem
 
 from resnet_fast.kernels import conv_bn_relu as module
 from resnet_fast.kernels import shared
+from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -183,7 +184,7 @@ def test_tf32_rounds_its_operands(geometry, monkeypatch):
 
     tf32 = {**tensors, "input": rounded(tensors["input"]), "weight": rounded(tensors["weight"])}
     out, ref = conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**in_double(tf32), **how)
-    assert relative_error(out, ref) < 1e-6 < relative_error(out, conv_bn_relu_ref(**in_double(tensors), **how))
+    assert relative_rms(out, ref) < 1e-6 < relative_rms(out, conv_bn_relu_ref(**in_double(tensors), **how))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
