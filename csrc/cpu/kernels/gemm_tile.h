@@ -62,9 +62,9 @@ static inline Ahead ahead_in_panel(const In* panel, int64_t vectors) {
 }
 
 // The part that falls to tile `tile` of what lies behind a chunk of the weight, as much as the chunk: the first tile to
-// come to it would wait for memory at every step, the others find it in the L2 cache. ResNet-50's layers with 14x14 and
-// 7x7 maps took, at batch 1, 0.76-0.85 (Winograd) and 0.82-0.97 (GEMM) of the time, at batch 8 0.69-1.0 and 0.9-1.0 (2
-// Zen 5 cores, float32).
+// come to it would wait for memory at every step, the others find it in the L2 cache. Of the time without it Winograd
+// took 0.74-0.86 with 14x14 and 7x7 maps at batch 1 and 0.78 with 7x7 at batch 8, GEMM 0.83-0.90 with 7x7 at batch 1
+// and 0.91-1.0 with 14x14 and 7x7 at batch 8 (ResNet-50 in float32, 2 Zen 5 cores).
 template <typename In>
 static inline Ahead ahead_of_chunk(const In* chunk, int64_t depth, int64_t columns, int64_t tile, int64_t tiles) {
   const int64_t bytes = depth * columns * int64_t(sizeof(In)), steps = (depth + per_step<In> - 1) / per_step<In>;
