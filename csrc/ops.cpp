@@ -128,6 +128,13 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_winograd(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] padding, bool relu) "
       "-> (Tensor, bool)");
+  m.def("_pack_winograd_stem(Tensor weight) -> Tensor");
+  m.def(
+      "_conv_winograd_stem(Tensor input, Tensor packed_weight, Tensor bias, int[2] padding, bool relu) "
+      "-> (Tensor, bool)");
+  m.def(
+      "_conv_winograd_stem_max_pool(Tensor input, Tensor packed_weight, Tensor bias, int[2] padding, "
+      "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding) -> (Tensor, bool)");
   m.def("_run_plan(Tensor steps, Tensor[] constants, Tensor(a!)[] maps, Tensor(b!)? seconds=None) -> int");
   m.def("_plan_format() -> str");
   m.def("_all_finite(Tensor input) -> bool");
@@ -167,6 +174,9 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_conv_depthwise", TORCH_BOX(&resnet_fast::conv_depthwise));
   m.impl("_conv_grouped", TORCH_BOX(&resnet_fast::conv_grouped));
   m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
+  m.impl("_pack_winograd_stem", TORCH_BOX(&resnet_fast::pack_winograd_stem));
+  m.impl("_conv_winograd_stem", TORCH_BOX(&resnet_fast::conv_winograd_stem));
+  m.impl("_conv_winograd_stem_max_pool", TORCH_BOX(&resnet_fast::conv_winograd_stem_max_pool));
   m.impl("_run_plan", TORCH_BOX(&resnet_fast::run_plan));
   m.impl("_all_finite", TORCH_BOX(&resnet_fast::all_finite));
   m.impl("_fingerprint", TORCH_BOX(&resnet_fast::fingerprint));

@@ -70,6 +70,8 @@ def main() -> None:
                 packed = at_the_end(ops._pack_gemm(point, 1, True))
                 ops._conv_gemm(x, packed, bias, residual, [1, 1], [0, 0], [1, 1], 1, True)
             if c <= 4:
+                packed = at_the_end(ops._pack_winograd_stem(at_the_end(torch.randn(k, c, 7, 7))))
+                ops._conv_winograd_stem(x, packed, bias, [3, 3], True)
                 for bfloat16 in {False, dtype == torch.bfloat16 and ops._multiplies_bf16()}:
                     packed = at_the_end(pack_few_channels(weight, [1, 1], bfloat16))
                     ops._conv_few_channels(x, packed, bias, *geometry, True)

@@ -16,7 +16,7 @@ from checks import (
     assert_passes_at_level,
     assert_same_special_values,
 )
-from winograd import LARGEST_ERROR, winograd
+from winograd import LARGEST_ERROR, winograd, winograd_stem
 
 from resnet_fast import choose
 from resnet_fast.backends import CPU_LEVELS, cpu_level
@@ -408,6 +408,99 @@ def test_few_channels_are_at_most_four():
         few_channels(x, weight, bias, False)
     with pytest.raises(RuntimeError, match="packed for this input"):
         few_channels(x[:, :4], weight[:, :3], bias, False)
+
+
+# Channels whose phases fill the vectors or not; filters around the panels; pixels around tiles of 4 and groups of 6.
+STEMS = {
+    "3 channels": dict(c=3, k=64, h=37, w=70),
+    "1 channel, 1 filter": dict(c=1, k=1, h=30, w=31),
+    "2 channels, 17 filters": dict(c=2, k=17, h=41, w=26),
+    "4 channels, 65 filters": dict(c=4, k=65, h=19, w=53),
+    "15 filters": dict(c=3, k=15, h=16, w=16),
+    "130 filters": dict(c=3, k=130, h=16, w=17),
+    "one pixel": dict(c=3, k=16, h=1, w=1, n=3),
+    "one output": dict(c=3, k=16, h=7, w=8, padding=(0, 0)),
+    "one row": dict(c=3, k=16, h=2, w=99),
+    "no padding": dict(c=3, k=16, h=24, w=57, padding=(0, 0)),
+    "odd and even padding": dict(c=3, k=16, h=13, w=12, padding=(1, 2)),
+    "more padding than image": dict(c=3, k=16, h=2, w=3, padding=(6, 9)),
+    "batch 5": dict(c=3, k=8, h=35, w=36, n=5),
+    "no image": dict(c=3, k=16, n=0),
+}
+
+
+def stem_case(name, **how):
+    sizes = {"padding": (3, 3), **STEMS[name]}
+    padding = sizes.pop("padding")
+    return *tensors(kernel=(7, 7), **sizes, **how), padding
+
+
+def stem(x, weight, bias, padding, relu=True):
+    return ops._conv_winograd_stem(x, ops._pack_winograd_stem(weight), bias, padding, relu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", STEMS)
+def test_kernels_winograd_stem(case, dtype):
+    x, weight, bias, padding = stem_case(case)
+    x, rounding = x.to(dtype), 0.0 if dtype == torch.float32 else UNIT_ROUNDOFF[dtype]
+    for relu in (True, False):
+        exact = reference(*double(x, weight, bias), stride=(2, 2), padding=padding, relu=relu)
+        for layout in (x, *(LAYOUTS[name](x) for name in ("channels_last", "sliced", "transposed"))):
+            out, finite = stem(layout, weight, bias, padding, relu)
+            assert finite and out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+            assert out.shape == exact.shape
+            assert torch.equal(out.double(), exact) or relative_rms(out, exact) <= LARGEST_ERROR[4] + rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", ((3, 2, 1), (2, 2, 0), (5, 1, 2), (6, 3, 3), (2, 5, 1), (1, 1, 0)))
+def test_kernels_winograd_stem_max_pool(pool, dtype):
+    """Windows that meet one to three blocks of four rows, or step over one."""
+    x, weight, bias, padding = stem_case("batch 5")
+    x, packed = x.to(dtype), ops._pack_winograd_stem(weight)
+    out, finite = ops._conv_winograd_stem_max_pool(x, packed, bias, padding, *([n, n] for n in pool))
+    apart, _ = ops._conv_winograd_stem(x, packed, bias, padding, True)
+    assert finite and out.dtype == dtype and torch.equal(out, F.max_pool2d(apart, *pool))
+
+
+@pytest.mark.parametrize("channels", (1, 3, 4))
+def test_kernels_winograd_stem_error(channels):
+    """Not more than the same algorithm has in plain torch by half."""
+    x, weight, _ = tensors(n=1, c=channels, k=64, h=50, w=61, kernel=(7, 7))
+    out, _ = stem(x, weight, torch.zeros(64), [3, 3], relu=False)
+    exact = F.conv2d(x.double(), weight.double(), stride=2, padding=3)
+    assert relative_rms(winograd_stem(x.double(), weight.double(), 3), exact) < 1e-13
+    assert relative_rms(out, exact) <= 1.5 * relative_rms(winograd_stem(x, weight, 3), exact)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf"), 3e38))
+def test_kernels_winograd_stem_says_what_is_not_finite(value):
+    x, weight, bias = tensors(c=3, k=17, h=33, w=30, kernel=(7, 7))
+    packed = ops._pack_winograd_stem(weight)
+    for at in ((0, 0, 0, 0), (1, 2, 32, 29), (0, 1, 17, 14), (1, 0, 4, 0)):
+        y = x.clone()
+        y[at] = value
+        if value == 3e38:
+            y[:] = value  # products overflow
+        assert not ops._conv_winograd_stem(y, packed, bias, [3, 3], True)[1]
+        assert not ops._conv_winograd_stem_max_pool(y, packed, bias, [3, 3], [3, 3], [2, 2], [1, 1])[1]
+
+
+def test_winograd_stem_refuses_other_convolutions():
+    x, weight, bias = tensors(c=3, k=16, kernel=(7, 7))
+    five, _, _ = tensors(c=5)
+    with pytest.raises(RuntimeError, match="at most 4"):
+        ops._conv_winograd_stem(five, ops._pack_winograd_stem(weight), bias, [3, 3], True)
+    for packed in (ops._pack_winograd_stem(weight[:, :2]), ops._pack_winograd_stem(torch.cat([weight] * 6)), weight):
+        with pytest.raises(RuntimeError, match="packed_weight must come from _pack_winograd_stem"):
+            ops._conv_winograd_stem(x, packed, bias, [3, 3], True)
+    for other in (weight[..., :5], weight.bfloat16(), torch.cat([weight, weight], 1)):
+        with pytest.raises(RuntimeError, match=r"weight must be \[K, C, 7, 7\]"):
+            ops._pack_winograd_stem(other)
+    pool = ([40, 40], [2, 2], [1, 1])
+    with pytest.raises(RuntimeError, match="must fit into the padded map"):
+        ops._conv_winograd_stem_max_pool(x, ops._pack_winograd_stem(weight), bias, [3, 3], *pool)
 
 
 @multiplies_bf16

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from checks import LOOSE, RESNET, assert_like_torch, assert_same_special_values, stock_results, tensors
+from checks import LAYOUTS, LOOSE, RESNET, assert_like_torch, assert_same_special_values, stock_results, tensors
 from networks import OTHER, SMALL, Module, conv, conv_bn_relu, feature_extractor, images, resnet
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -214,6 +214,40 @@ def test_blocks(name):
     for size in ((1, 16, 10, 12), (3, 16, 16, 12)):
         # torch's fused attention, which no export follows, has strides of its own
         assert_like_torch(model, optimized, images(*size), **LOOSE, same_strides=name != "attention")
+
+
+def stem(c=3):
+    return nn.Sequential(conv(c, 16, 7, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+
+
+# First layers that Winograd's algorithm takes from images of 112x112 on.
+STEMS = {
+    "pooled": lambda: nn.Sequential(stem(), nn.MaxPool2d(3, 2, 1), conv()),
+    "alone": lambda: nn.Sequential(stem(), conv()),
+    "no ReLU before the pooling": lambda: nn.Sequential(conv(3, 16, 7, stride=2), nn.MaxPool2d(2), nn.ReLU()),
+    "read before the pooling too": lambda: Module(lambda s, x: (y := s.a(x), F.max_pool2d(y, 3, 2, 1)), a=stem()),
+    "after others": lambda: nn.Sequential(conv(3, 2, 3), nn.ReLU(), stem(2), nn.MaxPool2d(2)),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stem_by_winograd(name):
+    model = calibrate(STEMS[name](), images(4, 3, 64, 64))
+    x, other = images(1, 3, 112, 114), images(3, 3, 115, 121)
+    optimized = optimize_for_inference(model, x)
+    assert any("2x2 phases" in layer.kernel for layer in optimized.explain(rounds=1).layers)
+    for size in (x, other):
+        assert_like_torch(model, optimized, size, **LOOSE)
+    assert_like_torch(model, optimized, LAYOUTS["channels_last"](other), **LOOSE, same_strides=False)
+    lean = optimize_for_inference(model, x, weight_memory=0)
+    assert not any("2x2 phases" in layer.kernel for layer in lean.explain(rounds=1).layers)
+    assert_like_torch(model, lean, x, **LOOSE)
+    bad = other.clone()
+    bad[2, 1, 60, 57] = float("nan")
+    with torch.no_grad():
+        pairs = zip(tensors(optimized(bad)), tensors(model(bad)), strict=True)
+    for out, ref in pairs:
+        assert_same_special_values(out, ref)
 
 
 DEPTHWISE_AND_GROUPS = [(24, 24), (17, 17), (40, 40), (24, 6), (40, 10), (17, 1), (40, 1)]

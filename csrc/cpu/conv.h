@@ -80,6 +80,9 @@ bool run_conv_winograd(const Conv& conv, int64_t tile);
 void run_conv_few_channels(const Conv& conv, const Strides& input);
 // [P, Q] of conv.shape are the convolution's; conv.output is [N, pooled height, pooled width, K].
 void run_conv_few_channels_max_pool(const Conv& conv, const Strides& input, const Pool& pool);
+// The same for 7x7 with stride 2; false if some result is not finite.
+bool run_conv_winograd_stem(const Conv& conv, const Strides& input);
+bool run_conv_winograd_stem_max_pool(const Conv& conv, const Strides& input, const Pool& pool);
 void run_max_pool(const MaxPool& pool);
 // Means over `pixels`; input [N, pixels, C] or, not in channels_last, [N, C, pixels]; output [N, C].
 void run_avg_pool(const void* input, Storage type, bool channels_last, int64_t n, int64_t pixels, int64_t c,

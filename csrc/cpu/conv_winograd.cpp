@@ -3,8 +3,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include "conv.h"
-#include "levels.h"
 #include "parallel.h"
+#include "winograd.h"
 
 namespace resnet_fast {
 namespace {
@@ -14,25 +14,6 @@ using torch::stable::Tensor;
 
 struct Transformed {};
 struct Products {};
-
-// G of F(m, 3), [m + 2][3], for the points in kernels/conv_winograd.cpp: row i of a finite point p is (1, p, p^2) /
-// product of (p - q) over the other points q; the last row belongs to infinity.
-std::vector<std::array<double, 3>> weight_transform(int64_t m) {
-  std::vector<double> points;
-  if (m == 2) points = {0.0, 1.0, -1.0};
-  if (m == 4) points = {0.0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
-  if (m == 5) points = {1.0 / 3, -1.0 / 3, 0.75, -0.75, 2.0, -2.0};
-  STD_TORCH_CHECK(!points.empty(), "Winograd tiles are 2, 4 or 5 pixels wide, got ", m);
-  std::vector<std::array<double, 3>> rows;
-  for (const double p : points) {
-    double divisor = 1.0;
-    for (const double q : points)
-      if (q != p) divisor *= p - q;
-    rows.push_back({1 / divisor, p / divisor, p * p / divisor});
-  }
-  rows.push_back({0.0, 0.0, 1.0});
-  return rows;
-}
 
 // How the work is shared. Either each thread takes blocks of tiles through all panels of filters and reads the weight
 // for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
@@ -53,7 +34,7 @@ int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
 // two.
 template <typename T, int64_t step>
 Tensor pack(const Tensor& weight, int64_t m, ScalarType dtype) {
-  const auto g = weight_transform(m);
+  const auto g = winograd_weight_transform(m, 3);
   const int64_t size = m + 2, filters = weight.size(0), channels = weight.size(1);
   const int64_t depth = (channels + step - 1) / step * step;
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
@@ -84,6 +65,25 @@ Tensor pack(const Tensor& weight, int64_t m, ScalarType dtype) {
 }
 
 }  // namespace
+
+std::vector<std::vector<double>> winograd_weight_transform(int64_t m, int64_t r) {
+  std::vector<double> points;
+  if (m + r == 5) points = {0.0, 1.0, -1.0};
+  if (m + r == 7) points = {0.0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
+  if (m + r == 8) points = {0.25, -0.25, 0.875, -0.875, 1.75, -1.75};
+  STD_TORCH_CHECK(!points.empty(), "Winograd tiles are 2, 4 or 5 pixels wide, got ", m);
+  std::vector<std::vector<double>> rows;
+  for (const double p : points) {
+    double value = 1.0;
+    for (const double q : points)
+      if (q != p) value /= p - q;
+    std::vector<double>& row = rows.emplace_back();
+    for (int64_t i = 0; i < r; ++i, value *= p) row.push_back(value);
+  }
+  std::vector<double>& infinity = rows.emplace_back(r, 0.0);
+  infinity.back() = 1.0;
+  return rows;
+}
 
 Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16) {  // [K, C, 3, 3]
   const Tensor w = torch::stable::contiguous(weight);

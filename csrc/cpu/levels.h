@@ -34,6 +34,17 @@ struct PixelRow {
   int64_t width, channels;  // at most 4 channels
 };
 
+// Up to four rows of output pixels of a first layer by Winograd's algorithm; see kernels/conv_winograd_stem.cpp.
+struct StemRows {
+  const float* const* input;  // [7], each [4 * tiles + 3][phases * channels in whole vectors]: rows of the phases
+  const float* weight;        // [filters / gemm_panel][49][phases * channels][gemm_panel]
+  const float* bias;          // [filters], zeros behind up to another gemm_panel
+  void* output;               // [rows][pixels][filters]
+  Storage output_type;
+  int64_t channels, tiles, rows, pixels, filters;
+  bool relu;
+};
+
 // One row of output pixels of a max-pooling; see kernels/max_pool.cpp.
 struct PoolRow {
   const void* const* rows;  // [num_rows], each [width][channels]: those of the kernel's rows that meet the map
@@ -98,9 +109,12 @@ struct Conv {
      float* products))                                                                                                 \
   K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                           \
   K(int64_t, winograd_output_stride, (int64_t tiles))                                                                  \
-  C(multiplies_bf16) /* 1 where kernels take weights in bf16 */                                                        \
-  C(vector_width)    /* floats */                                                                                      \
-  C(gemm_panel)      /* filters in a panel of a packed weight */                                                       \
+  K(void, stem_phases, (const float* row, int64_t channels, int64_t positions, float* to))                             \
+  K(bool, winograd_stem, (const StemRows& rows, float* scratch)) /* false where a result is not finite */              \
+  K(int64_t, winograd_stem_scratch, (int64_t channels))          /* bytes */                                           \
+  C(multiplies_bf16)                                             /* 1 where kernels take weights in bf16 */            \
+  C(vector_width)                                                /* floats */                                          \
+  C(gemm_panel)                                                  /* filters in a panel of a packed weight */           \
   K(float, fma_f32, (int64_t n, float factor))                                                                         \
   K(float, fma_bf16, (int64_t n, float factor))                                                                        \
   C(fma_f32_flops) /* of one of the n iterations; 0 where the level has no such instruction */                         \

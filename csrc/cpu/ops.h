@@ -66,6 +66,18 @@ std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tenso
                                                       const std::optional<torch::stable::Tensor>& residual,
                                                       std::vector<int64_t> padding, bool relu);
 
+// The same for one to four input channels, 7x7, stride 2, no dilation: `packed_weight` is float32 for every input.
+torch::stable::Tensor pack_winograd_stem(const torch::stable::Tensor& weight);
+std::tuple<torch::stable::Tensor, bool> conv_winograd_stem(const torch::stable::Tensor& input,
+                                                           const torch::stable::Tensor& packed_weight,
+                                                           const torch::stable::Tensor& bias,
+                                                           std::vector<int64_t> padding, bool relu);
+// With a ReLU and max-pooling behind it.
+std::tuple<torch::stable::Tensor, bool> conv_winograd_stem_max_pool(
+    const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight, const torch::stable::Tensor& bias,
+    std::vector<int64_t> padding, std::vector<int64_t> pool_kernel_size, std::vector<int64_t> pool_stride,
+    std::vector<int64_t> pool_padding);
+
 // `output_size`: height and width. What of a kernel lies outside the map counts for nothing.
 torch::stable::Tensor max_pool_cpu(const torch::stable::Tensor& input, std::vector<int64_t> kernel_size,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,

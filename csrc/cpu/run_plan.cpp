@@ -16,7 +16,8 @@ using torch::stable::Tensor;
 
 // One row of `steps`; what a kind does not need is 0. Maps are in channels_last and lie `..._at` bytes into the tensor
 // of that number in `maps`; weight and bias are numbers of tensors in `constants`. residual is -1 where there is none.
-// `tile` is Winograd's. conv_few_channels reads the caller's map in its own strides, from `image` on.
+// `tile` is Winograd's. First layers (conv_few_channels, conv_winograd_stem) read the caller's map in its own strides,
+// from `image` on.
 // clang-format off
 #define RESNET_FAST_STEP_FIELDS(F)                                                                                \
   F(kind)                                                                                                         \
@@ -38,7 +39,8 @@ struct Step {
 // clang-format off
 #define RESNET_FAST_STEP_KINDS(K)                                                                                 \
   K(conv_few_channels) K(conv_few_channels_max_pool) K(conv_gemm) K(conv_grouped) K(conv_depthwise)               \
-  K(conv_winograd) K(max_pool) K(avg_pool) K(add_relu) K(widen)
+  K(conv_winograd) K(conv_winograd_stem) K(conv_winograd_stem_max_pool) K(max_pool) K(avg_pool) K(add_relu)       \
+  K(widen)
 // clang-format on
 
 #define RESNET_FAST_KIND(name) name,
@@ -77,6 +79,10 @@ class Plan {
         return true;
       case conv_winograd:
         return run_conv_winograd(conv(step), step.tile);
+      case conv_winograd_stem:
+        return run_conv_winograd_stem(conv(step), strides(step));
+      case conv_winograd_stem_max_pool:
+        return run_conv_winograd_stem_max_pool(conv(step), strides(step), pool(step));
       case max_pool: {
         const Storage type = storage(step.input_type);
         run_max_pool({step.n, step.h, step.w, step.c, step.p, step.q, pool(step), input(step), output(step), type});
@@ -119,13 +125,18 @@ class Plan {
   }
 
   static int64_t output_size(const Step& step) {
-    const bool pools = step.kind == conv_few_channels_max_pool;
+    const bool pools = step.kind == conv_few_channels_max_pool || step.kind == conv_winograd_stem_max_pool;
     return product({step.n, pools ? step.pooled_h : step.p, pools ? step.pooled_w : step.q, step.k});
   }
 
   const void* input(const Step& step) const {
     const int64_t size = product({step.n, step.h, step.w, step.c, bytes_of(storage(step.input_type))});
     return inside(maps_, step.input, step.input_at, size);
+  }
+
+  static bool is_first_layer(const Step& step) {
+    return step.kind == conv_few_channels || step.kind == conv_few_channels_max_pool ||
+           step.kind == conv_winograd_stem || step.kind == conv_winograd_stem_max_pool;
   }
 
   // Values of a packed weight.
@@ -139,6 +150,12 @@ class Plan {
         STD_TORCH_CHECK(step.tile == 2 || step.tile == 4 || step.tile == 5, "Winograd tiles are 2, 4 or 5 wide");
         return product({padded, step.tile + 2, step.tile + 2, type == Storage::bf16 ? (depth + 1) / 2 * 2 : depth});
       }
+      case conv_winograd_stem:
+      case conv_winograd_stem_max_pool:
+        STD_TORCH_CHECK(step.r == 7 && step.s == 7 && step.stride_h == 2 && step.stride_w == 2 && step.c <= 4 &&
+                            type == Storage::f32,
+                        "Winograd's stem is 7x7 with stride 2 on at most 4 channels, its weight float32");
+        return product({padded, 7 * 7, 4 * step.c});
       case conv_grouped: {
         const GroupedUnit unit = kernels().grouped_unit(step.c, step.k, step.groups);
         return product({unit.units, unit.vectors, step.r, depth, step.s, width});
@@ -178,7 +195,7 @@ class Plan {
                           {step.padding_h, step.padding_w},
                           {step.dilation_h, step.dilation_w},
                           step.groups};
-    const bool few = step.kind == conv_few_channels || step.kind == conv_few_channels_max_pool;
+    const bool first = is_first_layer(step);
     const Storage input_type = storage(step.input_type), output_type = storage(step.output_type);
     const void* weight = inside(constants_, step.weight, 0, 0);
     const Storage weight_type = storage_of(constants_[step.weight].scalar_type());
@@ -188,12 +205,12 @@ class Plan {
                     constants_[step.weight].numel());
     const int64_t bias_size = (step.k + kernels().gemm_panel) * 4, zeros_size = (step.c + kernels().vector_width) * 4;
     return {shape,
-            few ? image(step) : input(step),
+            first ? image(step) : input(step),
             weight,
             reinterpret_cast<const float*>(inside(constants_, step.bias, 0, bias_size)),
             residual(step),
             output(step),
-            few ? nullptr : inside(constants_, zeros, 0, zeros_size),
+            first ? nullptr : inside(constants_, zeros, 0, zeros_size),
             input_type,
             output_type,
             weight_type,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..choose import ConvKernel, choose_conv_on_cpu, conv_costs, multiplies_bfloat16
-from ..kernels.packing import compute_dtype
+from ..kernels.packing import compute_dtype, without_winograd
 from .capture import Captured
 from .fuse import Conv, value_of
 from .items import four
@@ -31,11 +31,11 @@ def choose_kernels(convs: list[Conv], captured: Captured, weights: Weights, opti
         return chosen
 
     def new_bytes(conv: Conv, kernel: ConvKernel) -> int:
-        is_new = kernel.name == "winograd" and not weights.has(conv, captured, kernel)
+        is_new = kernel.is_winograd and not weights.has(conv, captured, kernel)
         return _winograd_bytes(conv, kernel) if is_new else 0
 
     while True:
-        winograd = [conv for conv in convs if chosen[id(conv)].name == "winograd"]
+        winograd = [conv for conv in convs if chosen[id(conv)].is_winograd]
         new = sum(new_bytes(conv, chosen[id(conv)]) for conv in winograd)
         if new == 0 or new + weights.winograd_bytes() <= options.weight_memory:
             return chosen
@@ -58,8 +58,8 @@ def _fastest(conv: Conv, captured: Captured, options: Options) -> ConvKernel:
         dtype = compute_dtype(folded.reshape(weight_size), dtype)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     kernel = choose_conv_on_cpu(input_size, weight_size, output_size, *geometry, len(conv.inputs) > 1, dtype)
-    if kernel.name == "winograd" and not options.winograd:
-        return ConvKernel("gemm", bfloat16=_pairs_of_bfloat16(conv))
+    if kernel.is_winograd and not options.winograd:
+        return without_winograd(kernel, _pairs_of_bfloat16(conv))
     return kernel
 
 
@@ -79,7 +79,10 @@ def _smaller(
 
 def _winograd_bytes(conv: Conv, kernel: ConvKernel) -> int:
     k, c, *_ = _weight_size(conv)
-    k, c = -(-k // 16) * 16, c + c % 2  # whole vectors, and pairs, at every level
+    k = -(-k // 16) * 16  # whole vectors at every level
+    if kernel.name == "winograd stem":
+        return 7**2 * k * 4 * c * 4
+    c += c % 2  # whole pairs
     return (kernel.tile + 2) ** 2 * k * c * (2 if kernel.bfloat16 else 4)
 
 

@@ -160,7 +160,7 @@ class _Builder:
         for step in steps:
             conv = made_by.get(step.inputs[0]) if isinstance(step, fuse.MaxPool) else None
             alone = isinstance(conv, Conv) and readers[conv.output] == 1 and conv.output not in self.outputs
-            if alone and conv.relu and self.chosen[id(conv)].name == "few channels" and _rounds_down(step):
+            if alone and conv.relu and self.chosen[id(conv)].reads_images and _rounds_down(step):
                 found.remove(conv)
                 pool = (step.kernel_size, step.stride, step.padding)
                 found.append(replace(conv, output=step.output, pool=pool))
@@ -238,10 +238,9 @@ class _Builder:
         if kernel.name == "onednn":
             return self._conv_onednn(conv, packed, flops)
 
-        few = kernel.name == "few channels"
         is_input = conv.inputs[0] in self.captured.inputs
-        input = self.where[conv.inputs[0]] if few and is_input else self._operand(conv.inputs[0])
-        if few and input.map is not None:  # this kernel takes a tensor with strides
+        input = self.where[conv.inputs[0]] if kernel.reads_images and is_input else self._operand(conv.inputs[0])
+        if kernel.reads_images and input.map is not None:  # this kernel takes a tensor with strides
             self.aliases[conv.inputs[0]] = {id(input.map)}
             input = Place(input.size, input.dtype, variable=self._text(conv.inputs[0]))
         residual = self._operand(conv.inputs[1]) if len(conv.inputs) > 1 else None

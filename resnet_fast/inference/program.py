@@ -65,7 +65,7 @@ class Segment:
         for name, p in (("input", item.input), ("residual", item.residual), ("output", item.output)):
             if p is not None:
                 row.update({name: self._slot(p), f"{name}_at": self._at(p, image)})
-        if item.kind.startswith("conv_few_channels"):
+        if item.kind.startswith(("conv_few_channels", "conv_winograd_stem")):  # they read the caller's map
             row.update({"image": image, "input_at": 0})
         if item.packed is not None:
             at = self.packed_at.setdefault(id(item), len(self.constants))

@@ -86,7 +86,7 @@ class Weights:
 
     def winograd_bytes(self) -> int:
         """Of the transformed weights alone."""
-        return sum(_bytes(packed.weight) for key, packed in self._packed.items() if key[0].name == "winograd")
+        return sum(_bytes(packed.weight) for key, packed in self._packed.items() if key[0].is_winograd)
 
 
 def _bytes(t: Tensor) -> int:

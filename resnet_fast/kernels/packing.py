@@ -25,6 +25,8 @@ _few_channels_max_pool = torch.ops.resnet_fast._conv_few_channels_max_pool.defau
 _gemm = torch.ops.resnet_fast._conv_gemm.default
 _grouped = torch.ops.resnet_fast._conv_grouped.default
 _winograd = torch.ops.resnet_fast._conv_winograd.default
+_winograd_stem = torch.ops.resnet_fast._conv_winograd_stem.default
+_winograd_stem_max_pool = torch.ops.resnet_fast._conv_winograd_stem_max_pool.default
 
 # Input shapes whose packed weights are kept. Most share one layout and then one copy.
 _SHAPES_PER_WEIGHT = 8
@@ -94,6 +96,8 @@ def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tenso
     """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every shape."""
     if kernel.name == "winograd":
         return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
+    if kernel.name == "winograd stem":
+        return torch.ops.resnet_fast._pack_winograd_stem(folded)
     if kernel.name == "depthwise":
         return folded.squeeze(1).permute(1, 2, 0).contiguous()  # [R, S, C]
     if kernel.name == "grouped":
@@ -101,6 +105,11 @@ def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tenso
     if kernel.name == "gemm":
         return torch.ops.resnet_fast._pack_gemm(folded, geometry.groups, kernel.bfloat16)
     return pack_few_channels(folded, geometry.dilation, kernel.bfloat16)
+
+
+def without_winograd(kernel: ConvKernel, bfloat16: bool = False) -> ConvKernel:
+    """The kernel for values that are not finite, or where Winograd's algorithm may not be used."""
+    return ConvKernel("few channels" if kernel.reads_images else "gemm", bfloat16=bfloat16)
 
 
 def pack_for_onednn(folded: Tensor, geometry: Geometry, input_shape: Sequence[int]) -> Tensor:
@@ -123,7 +132,7 @@ class FoldedConv:
     has_residual: bool
     usable: bool
     packed: OrderedDict[torch.Size, Packed] = field(default_factory=OrderedDict)  # by input shape
-    direct: Tensor | None = None  # for _conv_gemm, once Winograd's algorithm has met values that are not finite
+    direct: Tensor | None = None  # once Winograd's algorithm has met values that are not finite
 
     @classmethod
     def make(cls, dtype: torch.dtype, geometry: Geometry, has_residual: bool, *parameters) -> FoldedConv:
@@ -153,9 +162,9 @@ class FoldedConv:
             self.packed.popitem(last=False)
         return packed
 
-    def pack_direct(self, *parameters) -> None:
-        """Packs the weight for `_conv_gemm`, whatever `pack` has chosen."""
-        self.direct = torch.ops.resnet_fast._pack_gemm(fold(*parameters)[0], self.geometry.groups)
+    def pack_direct(self, kernel: ConvKernel, *parameters) -> None:
+        """Packs the weight for the kernel that computes again what Winograd's ``kernel`` has not."""
+        self.direct = pack_weight(fold(*parameters)[0].contiguous(), without_winograd(kernel), self.geometry)
 
     def _weight(self, kernel: ConvKernel, input_shape: torch.Size, parameters: tuple) -> Tensor:
         if kernel.name == "onednn":
@@ -177,10 +186,17 @@ class FoldedConv:
 
     def run_max_pool(
         self, packed: Packed, input: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
-    ) -> Tensor:
-        """The convolution with a ReLU and max-pooling behind it, where ``packed`` is for few channels."""
-        pool = (kernel_size, stride, padding)
-        return _few_channels_max_pool(input, packed.weight, packed.bias, *self.geometry[:3], *pool)
+    ) -> Tensor | None:
+        """The convolution with a ReLU and max-pooling behind it, where the kernel reads images; None as `run`."""
+        pool, weight = (kernel_size, stride, padding), packed.weight
+        if packed.kernel.is_winograd:
+            out, finite = _winograd_stem_max_pool(input, weight, packed.bias, self.geometry.padding, *pool)
+            if finite:
+                return out
+            if self.direct is None:
+                return None
+            weight = self.direct
+        return _few_channels_max_pool(input, weight, packed.bias, *self.geometry[:3], *pool)
 
     def run(self, input: Tensor, residual: Tensor | None, relu: bool, packed: Packed | None = None) -> Tensor | None:
         """The convolution, or None if something must be packed first or the residual does not fit.
@@ -195,19 +211,25 @@ class FoldedConv:
         kernel, weight, bias, size = packed
         if residual is not None and not (residual.shape == size and residual.dtype == input.dtype and residual.is_cpu):
             return None
-        if kernel.name == "winograd":
-            out, finite = _winograd(input, weight, bias, residual, self.geometry.padding, relu)
+        if kernel.is_winograd:
+            out, finite = self._run_winograd(packed, input, residual, relu)
             if finite:
                 return out
             if self.direct is None:
                 return None
-            weight = self.direct
-        elif kernel.name == "onednn":
+            kernel, weight = without_winograd(kernel), self.direct
+        if kernel.name == "onednn":
             return _onednn(input, weight, bias, residual, *self.geometry, relu)
-        elif kernel.name == "depthwise":
+        if kernel.name == "depthwise":
             return _depthwise(input, weight, bias, residual, *self.geometry[:3], relu)
-        elif kernel.name == "grouped":
+        if kernel.name == "grouped":
             return _grouped(input, weight, bias, residual, *self.geometry, relu)
-        elif kernel.name == "few channels":
+        if kernel.name == "few channels":
             return _few_channels(input, weight, bias, *self.geometry[:3], relu)
         return _gemm(input, weight, bias, residual, *self.geometry, relu)
+
+    def _run_winograd(self, packed: Packed, input: Tensor, residual: Tensor | None, relu: bool) -> tuple[Tensor, bool]:
+        padding = self.geometry.padding
+        if packed.kernel.name == "winograd stem":
+            return _winograd_stem(input, packed.weight, packed.bias, padding, relu)
+        return _winograd(input, packed.weight, packed.bias, residual, padding, relu)

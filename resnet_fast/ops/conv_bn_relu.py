@@ -227,7 +227,7 @@ def conv_kernel(
         if packed is not None:
             out = folded.run(input, residual, relu, packed)
             if out is None:
-                folded.pack_direct(*parameters, eps)
+                folded.pack_direct(packed.kernel, *parameters, eps)
                 packed_weights.bound(weight)
                 out = folded.run(input, residual, relu, packed)
             return out

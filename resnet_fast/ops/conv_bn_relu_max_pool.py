@@ -28,6 +28,7 @@ from .conv_bn_relu import (
 from .conv_bn_relu import kernel_for as conv_kernel_for
 from .max_pool import max_pool_kernel, max_pool_ref, pool_gradient, pooled_size
 from .registration import dispatch, register, under_transform
+from .weight_cache import packed_weights
 
 _NAME = "conv_bn_relu_max_pool"
 _POOL = ("pool_kernel_size", "pool_stride", "pool_padding")
@@ -93,8 +94,13 @@ def _kernel(
     else:
         size = packed.output_size
     _pooled_size(size, pool)
-    if packed is not None and packed.kernel.name == "few channels":
-        return folded.run_max_pool(packed, input, *pool)
+    if packed is not None and packed.kernel.reads_images:
+        out = folded.run_max_pool(packed, input, *pool)
+        if out is None:
+            folded.pack_direct(packed.kernel, *parameters, eps)
+            packed_weights.bound(weight)
+            out = folded.run_max_pool(packed, input, *pool)
+        return out
     out = None if packed is None else folded.run(input, None, True, packed)
     if out is None:
         out = conv_kernel(input, *parameters, None, stride, padding, dilation, groups, eps, True)
@@ -109,7 +115,7 @@ def kernel_for(
     parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
     words, ours = conv_kernel_for(input, *parameters, None, stride, padding, dilation, groups, eps, True)
     on_cpu = choose(_NAME, "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu"
-    if on_cpu and cpu_kernel(input, weight, stride, padding, dilation, groups, False).name == "few channels":
+    if on_cpu and cpu_kernel(input, weight, stride, padding, dilation, groups, False).reads_images:
         words += ", max-pooling in the same pass"
     return words, ours
 

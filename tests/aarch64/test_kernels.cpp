@@ -228,7 +228,8 @@ struct Text {
   }
 };
 
-// The layouts of csrc/cpu/conv_gemm.cpp, conv_winograd.cpp, conv_grouped.cpp and conv_few_channels.cpp.
+// The layouts of csrc/cpu/conv_gemm.cpp, conv_winograd.cpp, conv_winograd_stem.cpp, conv_grouped.cpp and
+// conv_few_channels.cpp.
 
 int64_t padded_filters(int64_t filters) { return ceil_div(filters, level::vector_width) * level::vector_width; }
 
@@ -261,19 +262,22 @@ std::vector<double> pack_gemm(const Case& c, Storage type) {
   return pack_gemm(c.weight, s.groups, s.k / s.groups, s.c / s.groups, s.r * s.s, type);
 }
 
-std::vector<double> pack_winograd(const Case& c, int64_t m, Storage type) {
+// Row `row` and column `power` of Winograd's transform of weights with that many taps.
+double transform_of_weights(int64_t m, int64_t taps, int64_t row, int64_t power) {
   std::vector<double> points{0, 1, -1};
-  if (m == 4) points = {0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
-  if (m == 5) points = {1.0 / 3, -1.0 / 3, 0.75, -0.75, 2, -2};
+  if (m + taps == 7) points = {0, 2.0 / 3, -2.0 / 3, 1.5, -1.5};
+  if (m + taps == 8) points = {0.25, -0.25, 0.875, -0.875, 1.75, -1.75};
+  if (row == int64_t(points.size())) return power == taps - 1 ? 1.0 : 0.0;
+  double v = std::pow(points[row], double(power));
+  for (const double q : points)
+    if (q != points[row]) v /= points[row] - q;
+  return v;
+}
+
+std::vector<double> pack_winograd(const Case& c, int64_t m, Storage type) {
   const int64_t size = m + 2, padded = padded_filters(c.shape.k), channels = c.shape.c, step = step_of(type);
   const int64_t depth = ceil_div(channels, step) * step;
-  const auto g = [&](int64_t row, int64_t power) {
-    if (row == m + 1) return power == 2 ? 1.0 : 0.0;
-    double v = std::pow(points[row], double(power));
-    for (const double q : points)
-      if (q != points[row]) v /= points[row] - q;
-    return v;
-  };
+  const auto g = [&](int64_t row, int64_t power) { return transform_of_weights(m, 3, row, power); };
   std::vector<double> packed(padded * size * size * depth);
   for (int64_t k = 0; k < c.shape.k; ++k)
     for (int64_t d = 0; d < channels; ++d)
@@ -287,6 +291,24 @@ std::vector<double> pack_winograd(const Case& c, int64_t m, Storage type) {
           packed[first * size * size * depth + ((i * size + j) * depth + d / step * step) * columns +
                  (k - first) * step + d % step] = float(sum);
         }
+  return packed;
+}
+
+// Its depth: the phases of even rows, then of odd ones, in each the even columns, then the odd ones.
+std::vector<double> pack_winograd_stem(const Case& c) {
+  const int64_t padded = padded_filters(c.shape.k), channels = c.shape.c, depth = 4 * channels;
+  std::vector<double> packed(padded * 49 * depth);
+  for (int64_t k = 0; k < c.shape.k; ++k)
+    for (int64_t r = 0; r < 7; ++r)
+      for (int64_t t = 0; t < 7; ++t)
+        for (int64_t d = 0; d < channels; ++d)
+          for (int64_t xi = 0; xi < 49; ++xi) {
+            const double g = transform_of_weights(4, 4, xi / 7, r / 2) * transform_of_weights(4, 4, xi % 7, t / 2);
+            const int64_t first = k / level::gemm_panel * level::gemm_panel;
+            const int64_t columns = std::min(level::gemm_panel, padded - first);
+            packed[first * 49 * depth + (xi * depth + (r % 2 * 2 + t % 2) * channels + d) * columns + k - first] +=
+                g * c.weight[((k * channels + d) * 7 + r) * 7 + t];
+          }
   return packed;
 }
 
@@ -505,6 +527,66 @@ void test_few_channels() {
       }
 }
 
+// `stem_phases` and `winograd_stem`, as conv_winograd_stem.cpp calls them.
+bool run_winograd_stem(const Case& c, Values& weight, Values& output, Storage type) {
+  const ConvShape& s = c.shape;
+  std::vector<float> bias(c.bias.begin(), c.bias.end());
+  bias.resize(s.k + level::gemm_panel);
+  const int64_t tiles = ceil_div(s.q, 4), positions = 4 * tiles + 3;
+  const int64_t lanes = ceil_div(4 * s.c, level::vector_width) * level::vector_width;
+  const auto memory = scratch(level::winograd_stem_scratch(s.c));
+  bool finite = true;
+  for (int64_t p = 0; p < s.p; p += 4) {
+    std::vector<float> phases(7 * positions * lanes);
+    const float* at[7];
+    for (int64_t i = 0; i < 14; ++i) {
+      const int64_t y = 2 * p + i - s.padding[0];
+      std::vector<float> row(2 * positions * s.c);
+      for (int64_t j = 0; y >= 0 && y < s.h && j < s.w * s.c && j + s.padding[1] * s.c < int64_t(row.size()); ++j)
+        row[s.padding[1] * s.c + j] = float(c.input[y * s.w * s.c + j]);
+      float* to = phases.data() + i / 2 * positions * lanes;
+      level::stem_phases(row.data(), s.c, positions, to + i % 2 * 2 * s.c);
+      at[i / 2] = to;
+    }
+    const int64_t bytes = type == Storage::f32 ? 4 : 2;
+    StemRows rows{};
+    rows.input = at;
+    rows.weight = static_cast<const float*>(weight.data());
+    rows.bias = bias.data();
+    rows.output = static_cast<char*>(output.data()) + p * s.q * s.k * bytes;
+    rows.output_type = type;
+    rows.channels = s.c;
+    rows.tiles = tiles;
+    rows.rows = std::min<int64_t>(4, s.p - p);
+    rows.pixels = s.q;
+    rows.filters = s.k;
+    rows.relu = c.relu;
+    finite &= level::winograd_stem(rows, static_cast<float*>(memory.get()));
+  }
+  return finite;
+}
+
+void test_winograd_stem() {
+  const ConvShape shapes[] = {
+      shape(1, 1, 1, 1, 1, 7, 7, 3, 2),    shape(1, 3, 64, 15, 47, 7, 7, 3, 2), shape(1, 2, 17, 8, 9, 7, 7, 0, 2),
+      shape(1, 4, 130, 9, 12, 7, 7, 3, 2), shape(1, 3, 33, 10, 16, 7, 7, 5, 2),
+  };
+  bool flag = false;
+  for (const ConvShape& s : shapes)
+    for (const Storage type : types) {
+      const Case c(s, flag = !flag, false);
+      Values weight(Storage::f32, pack_winograd_stem(c)), output(type, c.shape.p * c.shape.q * c.shape.k);
+      const Text text(c.shape, type);
+      expect(run_winograd_stem(c, weight, output, type), "winograd_stem", text.text);
+      const double rounding = type == Storage::f32 ? 0 : std::ldexp(1, -precision(type));
+      expect_near(output, c.expected(), 5e-6 + rounding, "winograd_stem", text.text);
+    }
+  Case c(shape(1, 3, 17, 11, 12, 7, 7, 3, 2), true, false);
+  c.input[10 * 12 * 3] = nan_value;
+  Values weight(Storage::f32, pack_winograd_stem(c)), output(Storage::f32, c.shape.p * c.shape.q * c.shape.k);
+  expect(!run_winograd_stem(c, weight, output, Storage::f32), "winograd_stem", "a NaN was not noticed");
+}
+
 // Pixels in channels_last, in planes, and neither.
 void test_read_pixels() {
   for (const Storage type : types)
@@ -615,6 +697,7 @@ int main() {
   test_grouped();
   test_depthwise();
   test_few_channels();
+  test_winograd_stem();
   test_read_pixels();
   test_max_pool();
   test_avg_pool();

@@ -1,83 +1,11 @@
 // Winograd convolution F(m x m, 3 x 3), stride 1, for m = 2, 4, 5. Compiled once per level (levels.h).
 //
-// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): m x m outputs come from (m + 2)^2
-// products instead of 9 m^2, after a transform of the input tile (B^T d B) and before one of the products (A^T M A).
-// Between them lie (m + 2)^2 matrix products, tiles x channels x filters.
-//
-// The points: 0, +-2/3, +-3/2 for m = 4 and +-1/3, +-3/4, +-2 for m = 5 lose 2 to 4 times less accuracy than 0, +-1,
-// +-2
-// (, 1/2), and keep the pairs +-x that halve the work.
+// Between the transforms (winograd.h) lie (m + 2)^2 matrix products, tiles x channels x filters.
 #include "../levels.h"
 #include "gemm_tile.h"
+#include "winograd.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
-
-template <int m>
-struct Transform;
-
-// Each function transforms one column: `input` B^T x of m + 2 values, `output` A^T x of m + 2 values into m.
-template <>
-struct Transform<2> {  // points 0, 1, -1, infinity
-  static inline void input(const vec* x, vec* y) {
-    y[0] = x[2] - x[0];
-    y[1] = x[1] + x[2];
-    y[2] = x[2] - x[1];
-    y[3] = x[3] - x[1];
-  }
-  static inline void output(const vec* x, vec* y) {
-    y[0] = x[0] + x[1] + x[2];
-    y[1] = x[1] - x[2] + x[3];
-  }
-};
-
-template <>
-struct Transform<4> {  // points 0, a, -a, b, -b, infinity; a b = 1
-  static constexpr float a = 2.0f / 3, b = 1.5f;
-  static inline void input(const vec* x, vec* y) {
-    constexpr float sum = float(4.0 / 9 + 9.0 / 4);
-    y[0] = x[0] + x[4] - sum * x[2];
-    y[5] = x[1] + x[5] - sum * x[3];
-    vec even = x[4] - b * b * x[2], odd = x[3] - b * b * x[1];
-    y[1] = even + a * odd;
-    y[2] = even - a * odd;
-    even = x[4] - a * a * x[2], odd = x[3] - a * a * x[1];
-    y[3] = even + b * odd;
-    y[4] = even - b * odd;
-  }
-  static inline void output(const vec* x, vec* y) {
-    const vec sum_a = x[1] + x[2], diff_a = x[1] - x[2], sum_b = x[3] + x[4], diff_b = x[3] - x[4];
-    y[0] = x[0] + sum_a + sum_b;
-    y[1] = a * diff_a + b * diff_b;
-    y[2] = a * a * sum_a + b * b * sum_b;
-    y[3] = a * a * a * diff_a + b * b * b * diff_b + x[5];
-  }
-};
-
-template <>
-struct Transform<5> {  // points a, -a, b, -b, c, -c, infinity
-  static constexpr float a = 1.0f / 3, b = 0.75f, c = 2.0f;
-  static constexpr float a2 = a * a, b2 = b * b, c2 = c * c;
-  static inline void pair(const vec* x, vec* y, float sum, float product, float point) {
-    const vec odd = x[5] - sum * x[3] + product * x[1], even = x[4] - sum * x[2] + product * x[0];
-    y[0] = odd + point * even;
-    y[1] = odd - point * even;
-  }
-  static inline void input(const vec* x, vec* y) {
-    pair(x, y, b2 + c2, b2 * c2, a);
-    pair(x, y + 2, a2 + c2, a2 * c2, b);
-    pair(x, y + 4, a2 + b2, a2 * b2, c);
-    y[6] = x[6] - (a2 + b2 + c2) * x[4] + (a2 * b2 + a2 * c2 + b2 * c2) * x[2] - a2 * b2 * c2 * x[0];
-  }
-  static inline void output(const vec* x, vec* y) {
-    const vec sum_a = x[0] + x[1], diff_a = x[0] - x[1], sum_b = x[2] + x[3], diff_b = x[2] - x[3], sum_c = x[4] + x[5],
-              diff_c = x[4] - x[5];
-    y[0] = sum_a + sum_b + sum_c;
-    y[1] = a * diff_a + b * diff_b + c * diff_c;
-    y[2] = a2 * sum_a + b2 * sum_b + c2 * sum_c;
-    y[3] = a2 * a * diff_a + b2 * b * diff_b + c2 * c * diff_c;
-    y[4] = a2 * a2 * sum_a + b2 * b2 * sum_b + c2 * c2 * sum_c + x[6];
-  }
-};
 
 // Where tile `tile` of the whole batch lies.
 struct Place {
@@ -99,24 +27,14 @@ static inline int64_t input_stride(const ConvShape& s, int64_t tiles) { return t
 static inline int64_t output_stride(int64_t tiles) { return tiles * panel_width + 16; }
 
 template <int m, typename T, typename In>
-static inline void transform_input(const T* const* pixel,  // [(m + 2)^2]
-                                   int64_t channel, int64_t channels, In* out, int64_t stride) {
+static inline void input_tile(const T* const* pixel,  // [(m + 2)^2]
+                              int64_t channel, int64_t channels, In* out, int64_t stride) {
   constexpr int size = m + 2;
-  vec rows[size][size];
-  for (int j = 0; j < size; ++j) {
-    vec column[size], t[size];
-    for (int i = 0; i < size; ++i) {
-      const T* p = pixel[i * size + j] + channel;
-      column[i] = channels >= width ? load(p) : load_part(p, channels);
-    }
-    Transform<m>::input(column, t);
-    for (int i = 0; i < size; ++i) rows[i][j] = t[i];
-  }
-  for (int i = 0; i < size; ++i) {
-    vec t[size];
-    Transform<m>::input(rows[i], t);
-    for (int j = 0; j < size; ++j) store_rounded(out + (i * size + j) * stride + channel, t[j]);
-  }
+  const auto read = [&](int i, int j) {
+    const T* p = pixel[i * size + j] + channel;
+    return channels >= width ? load(p) : load_part(p, channels);
+  };
+  transform_input<m, 3>(read, [&](int i, int j, vec v) { store_rounded(out + (i * size + j) * stride + channel, v); });
 }
 
 template <int m, typename T, typename In>
@@ -137,39 +55,27 @@ static void input_tiles(const Conv& conv, int64_t begin, int64_t end, In* transf
     }
     In* out = transformed + (tile - begin) * row_length(s);
     int64_t channel = 0;
-    for (; channel + width <= s.c; channel += width) transform_input<m>(pixel, channel, width, out, stride);
-    if (channel < s.c) transform_input<m>(pixel, channel, s.c - channel, out, stride);
+    for (; channel + width <= s.c; channel += width) input_tile<m>(pixel, channel, width, out, stride);
+    if (channel < s.c) input_tile<m>(pixel, channel, s.c - channel, out, stride);
   }
 }
 
 // Output tile at filters [filter, filter + width) from its products. `check` becomes NaN where a result is not finite.
 template <int m, typename T>
-static inline void transform_output(const Conv& conv, const float* products, int64_t stride, const Place& at,
-                                    int64_t filter, vec* check) {
-  constexpr int size = m + 2;
+static inline void output_tile(const Conv& conv, const float* products, int64_t stride, const Place& at, int64_t filter,
+                               vec* check) {
   const ConvShape& s = conv.shape;
-  vec columns[m][size];
-  for (int j = 0; j < size; ++j) {
-    vec column[size], t[m];
-    for (int i = 0; i < size; ++i) column[i] = load(products + (i * size + j) * stride);
-    Transform<m>::output(column, t);
-    for (int i = 0; i < m; ++i) columns[i][j] = t[i];
-  }
   const vec bias = load(conv.bias + filter);
   const int64_t filters = s.k - filter, rows = s.p - at.y, cols = s.q - at.x;
   const int64_t first = ((at.n * s.p + at.y) * s.q + at.x) * s.k + filter;
   const T* residual = static_cast<const T*>(conv.residual);
   T* output = static_cast<T*>(conv.output);
-  vec sum{};
-  for (int i = 0; i < m; ++i) {
-    vec t[m];
-    Transform<m>::output(columns[i], t);
-    for (int j = 0; j < m; ++j) sum += t[j];
-    if (i >= rows) continue;
+  transform_output<m, 3>(products, stride, check, [&](int i, const vec* row) {
+    if (i >= rows) return;
     for (int j = 0; j < m; ++j) {
       if (j >= cols) break;
       const int64_t to = first + (i * s.q + j) * s.k;
-      vec y = t[j] + bias;
+      vec y = row[j] + bias;
       if (filters >= width) {
         if (residual) y += load(residual + to);
         store_rounded(output + to, conv.relu ? relu(y) : y);
@@ -178,8 +84,7 @@ static inline void transform_output(const Conv& conv, const float* products, int
         store_part(output + to, conv.relu ? relu(y) : y, filters);
       }
     }
-  }
-  *check += sum - sum;
+  });
 }
 
 // Where the output of a tile will go, and the residual to be added, which makes 64 channels at 56x56 1.05 and, with a
@@ -227,12 +132,10 @@ static bool output_panel(const Conv& conv, const In* transformed, int64_t stride
     const Place at = place_of<m>(s, tile);
     if (tile + 1 < end) prefetch_output<m, T>(conv, place_of<m>(s, tile + 1), filter, columns);
     for (int64_t j = 0; j < vectors; ++j)
-      transform_output<m, T>(conv, products + (tile - begin) * columns + j * width, products_stride, at,
-                             filter + j * width, &check);
+      output_tile<m, T>(conv, products + (tile - begin) * columns + j * width, products_stride, at, filter + j * width,
+                        &check);
   }
-  bool finite = true;
-  for (int i = 0; i < width; ++i) finite = finite && check[i] == 0.0f;
-  return finite;
+  return is_finite(check);
 }
 
 template <typename T>
