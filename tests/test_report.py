@@ -89,6 +89,40 @@ def test_the_readme_is_made_anew_and_checked(results, capsys):
 
 
 @pytest.fixture
+def many(results):
+    """14 cells, in one of which another engine is faster, in one of which nothing else was timed."""
+    file = results / "a_cpu" / "peers.json"
+    found = json.loads(file.read_text())
+    template = found["cells"][0] | {"peers": {OURS: peer(20.0, 20.0), "torch": peer(50.0, 20.0)}}
+    names = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
+    found["cells"] = [template | {"model": name, "batch": batch} for name in names for batch in (1, 32)]
+    found["cells"][2]["peers"] = template["peers"] | {"onnxruntime": peer(18.0, 20.0)}
+    found["cells"][3]["peers"] = {OURS: peer(20.0, 20.0)}
+    write_json(file, found)
+    return results
+
+
+def test_of_many_cells_the_readme_shows_the_headline_and_every_ratio(many):
+    text = report.section(many, many.parent / "README.md")
+    assert "| resnet18, float32, batch 1 |" in text and "| resnet50, float32, batch 1 |" in text
+    assert "| resnet34, float32, batch 1 |" not in text and "| resnet18, float32, batch 32 |" not in text
+    assert "|  | float32, batch 1 | float32, batch 32 |" in text
+    assert "| resnet34 | 0.90 (onnxruntime) |  |" in text and "| resnet152 | 2.50 (torch) | 2.50 (torch) |" in text
+    page = report.page(report.Folder(many / "a_cpu"))
+    assert "| resnet34, float32, batch 32 |" in page and "| resnet34 | 0.90 (onnxruntime) |  |" in page
+
+
+def test_plots_of_many_cells(many):
+    pytest.importorskip("matplotlib")
+    report.write(many / "a_cpu")
+    plot = (many / "a_cpu" / "models.svg").read_text()
+    assert "0.90 onnxruntime" in plot and "resnet152" in plot
+    assert "images / s" in (many / "a_cpu" / "peers.svg").read_text()
+    assert "(models.svg)" in report.page(report.Folder(many / "a_cpu"))
+    assert "/models.svg)" in report.section(many, many.parent / "README.md")
+
+
+@pytest.fixture
 def layers(results):
     """Two layers at one level, the second slower than oneDNN, and one that was not timed."""
 

@@ -85,6 +85,37 @@ def peers(found: dict, path: Path) -> None:
     _save(figure, path)
 
 
+def model_ratios(device: str, found: Sequence[tuple[dict, tuple[float, str] | None]], path: Path) -> None:
+    """Bars of the fastest other's time over ours for every model; one panel a dtype and batch.
+
+    found: cells, each with that ratio and the other's name, or None.
+    """
+    pyplot = _pyplot()
+    panels = list(dict.fromkeys((cell["dtype"], cell["batch"]) for cell, _ in found))
+    names = list(dict.fromkeys(cell["model"] for cell, _ in found))[::-1]
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    size = (2.9 * columns + 1.2, (0.24 * len(names) + 0.9) * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for cell, ratio in found:
+            if (cell["dtype"], cell["batch"]) != panel or ratio is None:
+                continue
+            y = names.index(cell["model"])
+            axis.barh(y, ratio[0], color=_OURS if ratio[0] >= 1 else _OTHERS)
+            axis.text(ratio[0], y, f" {ratio[0]:.2f} {ratio[1]}", va="center", fontsize=6, color=_GREY)
+        axis.axvline(1, color=_GREY, linewidth=0.8)
+        axis.set_title(f"{panel[0]}, batch {panel[1]}", fontsize=8)
+        axis.set_xlabel("fastest other's time / ours", fontsize=8)
+        axis.margins(x=0.35)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=7)
+    figure.suptitle(device, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _kind(row: dict) -> str:
     return row["name"].split()[0]
 

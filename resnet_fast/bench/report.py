@@ -24,7 +24,10 @@ from .results import markdown, per_second, short_reason
 BEGIN, END = "<!-- numbers: made by `resnet-fast report` -->", "<!-- end of numbers -->"
 TRAFFIC_OF = ("resnet18", "resnet50")
 WORST = 10
+# Of many cells, those that the README shows in full.
+_HEADLINE_MODELS, _HEADLINE_BATCHES, _MANY = ("resnet18", "resnet50"), (1, 8), 12
 _LONGEST = 80  # characters of a reason
+RATIOS = "Every model: the fastest other's time over ours (which one that is); below 1 it is faster."
 BLOCKS = (
     "Blocks and operators, each row by itself (`pytest benchmarks`): milliseconds of ours (time of torch / of torch "
     "channels_last over ours; below 1 torch is faster)."
@@ -103,6 +106,34 @@ def peers_table(cells: Sequence[dict]) -> str:
         bound = f"{ours['fraction_of_bound']:.2g}" if ours.get("fraction_of_bound") else ""
         rows.append((f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}", *figures, rate, bound))
     return markdown(rows)
+
+
+def headline(cells: Sequence[dict]) -> list[dict]:
+    """What of many cells stands for all."""
+    kept = [c for c in cells if c["model"] in _HEADLINE_MODELS and c["batch"] in _HEADLINE_BATCHES]
+    return kept if kept and len(cells) > _MANY else list(cells)
+
+
+def over_ours(cell: dict) -> tuple[float, str] | None:
+    """The fastest other's time over ours, and its name; None where nothing else was timed."""
+    found = [(p["time_over_ours"], name) for name, p in cell["peers"].items()
+             if not name.startswith(OURS) and p.get("time_over_ours")]  # fmt: skip
+    return min(found, default=None)
+
+
+def ratios_table(cells: Sequence[dict]) -> str:
+    """A line a model, a column a dtype and batch: the fastest other's time over ours, and which one that is."""
+    columns = list(dict.fromkeys((cell["dtype"], cell["batch"]) for cell in cells))
+    at = {(cell["model"], cell["dtype"], cell["batch"]): over_ours(cell) for cell in cells}
+    rows = [("", *(f"{dtype}, batch {batch}" for dtype, batch in columns))]
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        found = [at.get((model, *column)) for column in columns]
+        rows.append((model, *(f"{ratio[0]:.2f} ({ratio[1]})" if ratio else "" for ratio in found)))
+    return markdown(rows)
+
+
+def _ratios(cells: Sequence[dict]) -> list[str]:
+    return [RATIOS, ratios_table(cells)] if headline(cells) != list(cells) else []
 
 
 def _notes(cells: Sequence[dict]) -> list[str]:
@@ -223,7 +254,8 @@ def page(folder: Folder) -> str:
     cells = folder.peers.get("cells", [])
     if cells:
         parts += ["## Whole models", "Median milliseconds (time over ours), forward pass at 224x224 pixels. "
-                  + summary(cells), peers_table(cells), "\n".join(_notes(cells)), "![peers](peers.svg)",
+                  + summary(cells), *_ratios(cells), peers_table(cells), "\n".join(_notes(cells)),
+                  "![peers](peers.svg)", "![models](models.svg)" if _ratios(cells) else "",
                   "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
     if folder.blocks:
         parts += ["## Blocks and operators", BLOCKS, blocks_table(folder.blocks)]
@@ -252,7 +284,10 @@ def write(path: Path, plot: bool = True) -> Folder:
     folder = Folder(path)
     (path / "REPORT.md").write_text(page(folder))
     if plot and folder.peers.get("cells"):
-        plots.peers(folder.peers, path / "peers.svg")
+        cells = folder.peers["cells"]
+        plots.peers(folder.peers | {"cells": headline(cells)}, path / "peers.svg")
+        if _ratios(cells):
+            plots.model_ratios(folder.device, [(cell, over_ours(cell)) for cell in cells], path / "models.svg")
     if plot and folder.cpu_layers["cells"]:
         plots.layer_ratios(folder.cpu_layers, path / "cpu_layers.svg")
     layers = [row for row in folder.kernels if row["flops"]]
@@ -277,9 +312,12 @@ def section(results: Path, readme: Path) -> str:
         parts += [f"### {folder.device}", _about(folder)]
         if cells:
             parts += ["Median milliseconds (time over ours), forward pass at 224x224 pixels. " + summary(cells),
-                      peers_table(cells), "\n".join(_notes(cells))]  # fmt: skip
+                      peers_table(headline(cells)), "\n".join(_notes(headline(cells)))]  # fmt: skip
         if (path / "peers.svg").exists():
             parts.append(f"![images a second of every peer]({at}/peers.svg)")
+        parts += _ratios(cells)
+        if _ratios(cells) and (path / "models.svg").exists():
+            parts.append(f"![every model beside the fastest other]({at}/models.svg)")
         if folder.blocks:
             parts += [BLOCKS, blocks_table(folder.blocks)]
         if folder.cpu_layers["cells"]:
