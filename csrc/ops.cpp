@@ -114,7 +114,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "int[2] output_size) -> Tensor");
   m.def("_avg_pool_flatten_cpu(Tensor input) -> Tensor");
   m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
-  m.def("_pack_grouped(Tensor weight, int groups) -> Tensor");
+  m.def("_pack_grouped(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
   m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "

@@ -57,6 +57,11 @@ def main() -> None:
                 packed, filters = at_the_end(ops._pack_grouped(in_groups, groups)), in_groups.shape[0]
                 added = residual if groups == 1 else x
                 ops._conv_grouped(x, packed, at_the_end(torch.randn(filters)), added, *geometry, groups, True)
+            if dtype == torch.bfloat16 and ops._multiplies_bf16() and c % 2 == 0:
+                packed = at_the_end(ops._pack_grouped(weight, 1, True))
+                ops._conv_grouped(x, packed, bias, residual, *geometry, 1, True)
+                packed = at_the_end(ops._pack_grouped(at_the_end(torch.randn(c, 2, 3, 3)), c // 2, True))
+                ops._conv_grouped(x, packed, at_the_end(torch.randn(c)), x, *geometry, c // 2, True)
             depthwise = at_the_end(torch.randn(3, 3, c))
             ops._conv_depthwise(x, depthwise, at_the_end(torch.randn(c)), x, *geometry, True)
             for tile in (2, 4, 5):

@@ -317,6 +317,33 @@ def test_kernels_gemm_of_bfloat16(case, integers):
                 assert_accurate(out, exact, [stock])
 
 
+def grouped_of_pairs(
+    x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, relu=True
+):
+    packed = ops._pack_grouped(weight, groups, True)
+    return ops._conv_grouped(x, packed, bias, residual, stride, padding, dilation, groups, relu)
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("integers", (False, True))
+@pytest.mark.parametrize("case", [n for n, how in GROUPED.items() if how.get("c", 8) // how.get("groups", 1) % 2 == 0])
+def test_kernels_grouped_of_bfloat16(case, integers):
+    check_direct(grouped_of_pairs, GROUPED[case], integers, torch.bfloat16)
+
+
+@multiplies_bf16
+@pytest.mark.parametrize("depth", (2, 4, 16, 24, 32, 34))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_kernels_grouped_of_bfloat16_special_values(value, depth):
+    places = ((0, 0, 0, 0), (1, 3 * depth - 1, 8, 6), (0, depth, 4, 3))
+    x, weight, bias = (t.bfloat16() for t in tensors(c=3 * depth, k=3 * depth, groups=3))
+    for at in places:
+        y = x.clone()
+        y[at] = value
+        out = grouped_of_pairs(y, weight.float(), bias.float(), groups=3)
+        assert_same_special_values(out, reference(y.float(), weight.float(), bias.float(), groups=3))
+
+
 @multiplies_bf16
 @pytest.mark.parametrize("integers", (False, True))
 @pytest.mark.parametrize("case", WINOGRAD)
@@ -514,6 +541,10 @@ def test_kernels_of_bfloat16_refuse_what_they_cannot():
         ops._conv_few_channels(*first, bias, [1, 1], [1, 1], [1, 1], True)
     with pytest.raises(RuntimeError, match="2 pixels wide, got 4"):
         ops._pack_winograd(weight, 4, True)
+    with pytest.raises(RuntimeError, match="even number of channels, got 3"):
+        ops._pack_grouped(weight[:, :3], 2, True)
+    with pytest.raises(RuntimeError, match="for a bfloat16 input"):
+        ops._conv_grouped(x, ops._pack_grouped(weight, 1, True), *geometry)
 
 
 def test_kernels_of_bfloat16_are_those_of_one_level():
@@ -615,19 +646,23 @@ def test_groups_that_win_run_in_our_kernel(level, most, monkeypatch):
 
 
 def test_groups_that_win_in_16_bits(monkeypatch):
-    """Ours computes in float32, oneDNN in bfloat16 where the CPU does."""
+    """Ours multiplies pairs of bfloat16 or computes in float32, oneDNN in bfloat16 where the CPU does."""
     monkeypatch.setattr(choose, "cpu_level", lambda: "avx512_bf16")
     monkeypatch.setattr(choose, "onednn_runs", lambda dtype: dtype != torch.float16)
     monkeypatch.setattr(choose, "multiplies_bfloat16", lambda: True)
 
     def chosen(c, stride, dtype):
         sizes = ((1, 32 * c, 14, 14), (32 * c, c, 3, 3), (1, 32 * c, 14, 14))
-        return choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [1, 1], 32, False, dtype).name
+        kernel = choose.choose_conv_on_cpu(*sizes, [stride] * 2, [1, 1], [1, 1], 32, False, dtype)
+        return kernel.name, kernel.bfloat16
 
-    for c in (2, 4, 6, 7, 32, 33):
-        assert chosen(c, 1, torch.bfloat16) == ("grouped" if 2 <= c <= 6 else "onednn")
-        assert chosen(c, 2, torch.bfloat16) == "onednn"
-        assert chosen(c, 2, torch.float16) == ("grouped" if 2 <= c <= 32 else "onednn")
+    for c in (2, 4, 6, 32, 64, 66):
+        assert {chosen(c, s, torch.bfloat16) for s in (1, 2)} == {("grouped", True) if c <= 64 else ("onednn", False)}
+    for c in (3, 5, 7, 33):
+        assert chosen(c, 1, torch.bfloat16)[0] == ("grouped" if c <= 5 else "onednn")
+        assert chosen(c, 2, torch.bfloat16)[0] == "onednn"
+    for c in (2, 5, 32, 33):
+        assert chosen(c, 2, torch.float16)[0] == ("grouped" if c <= 32 else "onednn")
 
 
 def test_depthwise_convolutions_that_win_run_in_our_kernel(monkeypatch):

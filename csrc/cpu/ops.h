@@ -49,7 +49,8 @@ torch::stable::Tensor conv_depthwise(const torch::stable::Tensor& input, const t
                                      const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> stride,
                                      std::vector<int64_t> padding, std::vector<int64_t> dilation, bool relu);
 
-torch::stable::Tensor pack_grouped(const torch::stable::Tensor& weight, int64_t groups);
+// In bfloat16 groups must have an even number of channels.
+torch::stable::Tensor pack_grouped(const torch::stable::Tensor& weight, int64_t groups, bool bfloat16);
 torch::stable::Tensor conv_grouped(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                    const torch::stable::Tensor& bias,
                                    const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> stride,

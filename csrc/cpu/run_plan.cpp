@@ -158,6 +158,7 @@ class Plan {
         return product({padded, 7 * 7, 4 * step.c});
       case conv_grouped: {
         const GroupedUnit unit = kernels().grouped_unit(step.c, step.k, step.groups);
+        STD_TORCH_CHECK(type == Storage::f32 || depth % 2 == 0, "groups of pairs have an even number of channels");
         return product({unit.units, unit.vectors, step.r, depth, step.s, width});
       }
       case conv_depthwise:

@@ -101,7 +101,7 @@ def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tenso
     if kernel.name == "depthwise":
         return folded.squeeze(1).permute(1, 2, 0).contiguous()  # [R, S, C]
     if kernel.name == "grouped":
-        return torch.ops.resnet_fast._pack_grouped(folded, geometry.groups)
+        return torch.ops.resnet_fast._pack_grouped(folded, geometry.groups, kernel.bfloat16)
     if kernel.name == "gemm":
         return torch.ops.resnet_fast._pack_gemm(folded, geometry.groups, kernel.bfloat16)
     return pack_few_channels(folded, geometry.dilation, kernel.bfloat16)

@@ -312,16 +312,16 @@ std::vector<double> pack_winograd_stem(const Case& c) {
   return packed;
 }
 
-std::vector<double> pack_grouped(const Case& c, const GroupedUnit& unit) {
+std::vector<double> pack_grouped(const Case& c, const GroupedUnit& unit, Storage type) {
   const ConvShape& s = c.shape;
-  const int64_t depth = s.c / s.groups, width = level::vector_width;
+  const int64_t depth = s.c / s.groups, width = level::vector_width, step = step_of(type);
   std::vector<double> packed(unit.units * unit.vectors * s.r * depth * s.s * width);
   for (int64_t k = 0; k < s.k; ++k) {
     const int64_t in_unit = k % unit.filters, v = k / unit.filters * unit.vectors + in_unit / width;
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t r = 0; r < s.r; ++r)
         for (int64_t t = 0; t < s.s; ++t)
-          packed[(((v * s.r + r) * depth + d) * s.s + t) * width + in_unit % width] =
+          packed[((((v * s.r + r) * depth + d) / step * s.s + t) * width + in_unit % width) * step + d % step] =
               c.weight[((k * depth + d) * s.r + r) * s.s + t];
   }
   return packed;
@@ -428,18 +428,20 @@ void test_grouped() {
   };
   bool flag = false;
   for (const ConvShape& s : shapes)
-    for (const Storage type : types) {
-      const Case c(s, flag = !flag, s.k % 3 != 0);
-      const GroupedUnit unit = level::grouped_unit(s.c, s.k, s.groups);
-      Call call(c, type, type, pack_grouped(c, unit));
-      const auto memory = scratch(level::conv_grouped_scratch(c.shape, unit.units));
-      const int64_t middle = c.shape.p / 2;
-      for (int64_t n = 0; n < s.n; ++n) {
-        level::conv_grouped(call.conv, n, 0, middle, 0, unit.units, memory.get());
-        level::conv_grouped(call.conv, n, middle, c.shape.p, 0, unit.units, memory.get());
+    for (const Storage type : types)
+      for (const Storage weight_type : weight_types) {
+        if (!takes(weight_type, type) || s.c / s.groups % step_of(weight_type) != 0) continue;
+        const Case c(s, flag = !flag, s.k % 3 != 0);
+        const GroupedUnit unit = level::grouped_unit(s.c, s.k, s.groups);
+        Call call(c, type, type, pack_grouped(c, unit, weight_type), weight_type);
+        const auto memory = scratch(level::conv_grouped_scratch(c.shape, unit.units));
+        const int64_t middle = c.shape.p / 2;
+        for (int64_t n = 0; n < s.n; ++n) {
+          level::conv_grouped(call.conv, n, 0, middle, 0, unit.units, memory.get());
+          level::conv_grouped(call.conv, n, middle, c.shape.p, 0, unit.units, memory.get());
+        }
+        expect_values(call.output, c.expected(), type, "conv_grouped", Text(c.shape, type).text);
       }
-      expect_values(call.output, c.expected(), type, "conv_grouped", Text(c.shape, type).text);
-    }
 }
 
 void test_depthwise() {

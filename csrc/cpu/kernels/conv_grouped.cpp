@@ -1,14 +1,18 @@
-// Convolution in many groups (ResNeXt), computed in float32. Compiled once per level (levels.h).
+// Convolution in many groups (ResNeXt). Compiled once per level (levels.h).
 //
 // A group has too few filters for a panel of conv_gemm.cpp, so a vector holds the filters of several groups: for each
 // kernel position and each channel k of a group it needs the input's channel k of each lane's own group, which is a
 // permutation of the same channels of the input pixel. Groups with more filters than half a vector have vectors of
 // their own and broadcast channel k. The set of groups that share input vectors is called a unit.
 //
-// A thread copies the input rows that it needs, as float32 and with the padding around, into a ring that stays in its
-// L1 or L2 cache: pixels of one input vector lie side by side there (in the map they are C values apart, which falls
-// into few sets of the L1 cache), and the inner loop knows neither borders nor 16-bit values. An input vector is loaded
-// and permuted once for all the kernel's columns.
+// With weights in bf16, of groups with an even number of channels, a lane holds a pair of channels and all the same
+// holds for pairs.
+//
+// A thread copies the input rows that it needs, as float32 or such pairs and with the padding around, into a ring that
+// stays in its L1 or L2 cache: pixels of one input vector lie side by side there (in the map they are C values apart,
+// which falls into few sets of the L1 cache), and the inner loop knows neither borders nor types. An input vector is
+// loaded and permuted once for all the kernel's columns.
+#include "multiply.h"
 #include "rows.h"
 #include "vec.h"
 
@@ -60,7 +64,8 @@ static Tiling tiling_of(const ConvShape& s) {
   return {pixels, (computed(pixels) - 1) * s.stride[1] + (s.s - 1) * s.dilation[1] + 1, (s.r - 1) * s.dilation[0] + 1};
 }
 
-// Where one row of the kernel, or one position of it, meets the input.
+// Where one row of the kernel, or one position of it, meets the input. Offsets and steps here and in Tile are in lanes
+// of 32 bits: floats or pairs.
 struct Taps {
   const float* input;
   int64_t weight;  // offset
@@ -73,9 +78,9 @@ struct Tile {
   int64_t chunk_step;               // from one input vector of a group to the next
   int64_t unit_step;                // from one unit to the next
   int64_t pixel_step;               // to the next input pixel
-  int64_t depth;                    // channels of a group
+  int64_t depth;                    // channels, or pairs, of a group
   const float* weight;              // [kernel rows][depth][kernel columns][width]
-  int64_t weight_step, depth_step;  // to the next vector of filters, the next channel
+  int64_t weight_step, depth_step;  // to the next vector of filters, the next channel or pair
   const float* bias;
   int64_t bias_step;     // to the next vector of filters
   const int32_t* index;  // [depth][width]: lanes of the permutations
@@ -88,7 +93,7 @@ enum class Form {
 };
 
 // sums[pixels][vectors] of output pixels side by side; the Taps are `columns` wide.
-template <Form form, int columns, int stride, int pixels, int vectors>
+template <typename In, Form form, int columns, int stride, int pixels, int vectors>
 static void sum_tile(const Tile& t, float* sums) {
   constexpr int positions = (pixels - 1) * stride + columns;
   constexpr int together = form == Form::shared ? vectors : 1;  // vectors with the same input
@@ -107,12 +112,16 @@ static void sum_tile(const Tile& t, float* sums) {
 #pragma GCC unroll 20
         for (int at = 0; at < positions; ++at) {
           const float* from = x + at * pixel_step + first * t.unit_step;
-          const vec a = form == Form::permuted ? permute(load(from), t.index + k * width) : broadcast(*from);
+          const In* in = reinterpret_cast<const In*>(from);
+          const vec a = form == Form::permuted ? permute(panel_step(in), t.index + k * width) : row_step(in);
 #pragma GCC unroll 3
           for (int s = 0; s < columns; ++s) {
             if (at < s || (at - s) % stride != 0 || (at - s) / stride >= pixels) continue;
 #pragma GCC unroll 2
-            for (int j = first; j < first + together; ++j) sum[(at - s) / stride][j] += a * b[j][s];
+            for (int j = first; j < first + together; ++j) {
+              vec& to = sum[(at - s) / stride][j];
+              to = multiply_add(in, a, b[j][s], to);
+            }
           }
         }
       }
@@ -124,61 +133,75 @@ static void sum_tile(const Tile& t, float* sums) {
 
 typedef void (*SumTile)(const Tile&, float*);
 
-template <Form form, int columns, int stride>
+template <typename In, Form form, int columns, int stride>
 static SumTile sum_tile_of(int64_t pixels, int64_t vectors) {
   constexpr int several = tile_vectors;
-  if (vectors == 1 && pixels == 8) return sum_tile<form, columns, stride, 8, 1>;
-  if (vectors == 1 && pixels == 7) return sum_tile<form, columns, stride, 7, 1>;
-  if (vectors == 1) return sum_tile<form, columns, stride, 4, 1>;
-  if (pixels == 8) return sum_tile<form, columns, stride, 8, several>;
-  if (pixels == 7) return sum_tile<form, columns, stride, 7, several>;
-  return sum_tile<form, columns, stride, 4, several>;
+  if (vectors == 1 && pixels == 8) return sum_tile<In, form, columns, stride, 8, 1>;
+  if (vectors == 1 && pixels == 7) return sum_tile<In, form, columns, stride, 7, 1>;
+  if (vectors == 1) return sum_tile<In, form, columns, stride, 4, 1>;
+  if (pixels == 8) return sum_tile<In, form, columns, stride, 8, several>;
+  if (pixels == 7) return sum_tile<In, form, columns, stride, 7, several>;
+  return sum_tile<In, form, columns, stride, 4, several>;
 }
 
-template <Form form>
+template <typename In, Form form>
 static SumTile sum_tile_of(int64_t columns, int64_t stride, int64_t pixels, int64_t vectors) {
-  if (columns == 3 && stride == 1) return sum_tile_of<form, 3, 1>(pixels, vectors);
-  if (columns == 3 && stride == 2) return sum_tile_of<form, 3, 2>(pixels, vectors);
-  return sum_tile_of<form, 1, 1>(pixels, vectors);
+  if (columns == 3 && stride == 1) return sum_tile_of<In, form, 3, 1>(pixels, vectors);
+  if (columns == 3 && stride == 2) return sum_tile_of<In, form, 3, 2>(pixels, vectors);
+  return sum_tile_of<In, form, 1, 1>(pixels, vectors);
 }
 
+template <typename In>
 static SumTile sum_tile_of(Form form, int64_t columns, int64_t stride, int64_t pixels, int64_t vectors) {
-  if (form == Form::permuted) return sum_tile_of<Form::permuted>(columns, stride, pixels, vectors);
-  if (form == Form::own || vectors == 1) return sum_tile_of<Form::own>(columns, stride, pixels, vectors);
-  return sum_tile_of<Form::shared>(columns, stride, pixels, vectors);
+  if (form == Form::permuted) return sum_tile_of<In, Form::permuted>(columns, stride, pixels, vectors);
+  if (form == Form::own || vectors == 1) return sum_tile_of<In, Form::own>(columns, stride, pixels, vectors);
+  return sum_tile_of<In, Form::shared>(columns, stride, pixels, vectors);
 }
 
-// One input row into the ring: [chunks][row_pixels][width].
+// Channels of a pixel, from `from` on, as lanes of floats.
 template <typename T>
+static inline vec lanes_of(const T* from, int64_t channels, const float*) {
+  return channels >= width ? load(from) : load_part(from, channels);
+}
+
+#if defined(__AVX512BF16__)
+// As lanes of pairs.
+static inline vec lanes_of(const bf16* from, int64_t channels, const bf16*) {
+  return channels >= 2 * width ? panel_step(from) : (vec)_mm512_maskz_loadu_epi16((1u << channels) - 1, from);
+}
+#endif
+
+// One input row into the ring: [units][vectors of a unit's channels][row_pixels][width].
+template <typename T, typename In>
 static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixels, int64_t n, int64_t y,
                      int64_t unit_begin, int64_t unit_end, float* to) {
+  constexpr int64_t in_vector = width * per_step<In>;
   const ConvShape& s = conv.shape;
   const int64_t left = s.padding[1] < row_pixels ? s.padding[1] : row_pixels;
   const int64_t end = left + s.w < row_pixels ? left + s.w : row_pixels;
   const T* row = static_cast<const T*>(conv.input) + (n * s.h + y) * s.w * s.c;
   for (int64_t u = unit_begin; u < unit_end; ++u) {
-    for (int64_t i = 0; i < unit.chunks; ++i, to += row_pixels * width) {
-      const int64_t channel = u * unit.channels + i * width, channels = s.c - channel;
+    for (int64_t i = 0; i < unit.channels; i += in_vector, to += row_pixels * width) {
+      const int64_t channel = u * unit.channels + i, channels = s.c - channel;
       const T* from = row + channel;
       for (int64_t x = 0; x < left; ++x) store(to + x * width, vec{});
-      if (channels >= width) {
-        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, load(from));
-      } else {
-        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, load_part(from, channels));
-      }
+      for (int64_t x = left; x < end; ++x, from += s.c)
+        store(to + x * width, lanes_of(from, channels, static_cast<const In*>(nullptr)));
       for (int64_t x = end; x < row_pixels; ++x) store(to + x * width, vec{});
     }
   }
 }
 
+template <typename In>
 static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixels, int64_t n, int64_t y,
                      int64_t unit_begin, int64_t unit_end, float* to) {
-  if (conv.input_type == Storage::f32) copy_row<float>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
-  if (conv.input_type == Storage::bf16) copy_row<bf16>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
-  if (conv.input_type == Storage::f16) copy_row<f16>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
+  if constexpr (per_step<In> == 1) {
+    if (conv.input_type == Storage::f32) copy_row<float, In>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
+    if (conv.input_type == Storage::f16) copy_row<f16, In>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
+  }
+  if (conv.input_type == Storage::bf16) copy_row<bf16, In>(conv, unit, row_pixels, n, y, unit_begin, unit_end, to);
 }
 
-// Stores the first `lanes` sums of each pixel, `step` apart.
 // Where a tile's outputs will go: 4 channels a group at 56x56 are 1.3 times as fast, 16 at 14x14 0.98 times (2 Zen 5
 // cores, batch 8).
 static void prefetch_output(const Conv& conv, int64_t pixel, int64_t pixels, int64_t filter, int64_t filters) {
@@ -187,6 +210,7 @@ static void prefetch_output(const Conv& conv, int64_t pixel, int64_t pixels, int
   for (int64_t i = 0; i < pixels; ++i) prefetch(out + i * conv.shape.k * size, filters * size);
 }
 
+// Stores the first `lanes` sums of each pixel, `step` apart.
 template <typename T>
 static void finish(const Conv& conv, int64_t pixel, int64_t pixels, int64_t filter, int64_t lanes, const float* sums,
                    int64_t step) {
@@ -201,7 +225,7 @@ static void finish(const Conv& conv, int64_t pixel, int64_t pixels, int64_t filt
     }
     if (conv.relu) v = relu(v);
     if (lanes == width) {
-      store(out, v);
+      store_rounded(out, v);
     } else {
       store_part(out, v, lanes);
     }
@@ -222,13 +246,15 @@ int64_t conv_grouped_scratch(const ConvShape& s, int64_t units) {
          s.r * s.s * int64_t(sizeof(Taps));
 }
 
-void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,
-                  void* scratch) {
+template <typename In>
+static void conv_units(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin,
+                       int64_t unit_end, void* scratch) {
   const ConvShape& s = conv.shape;
   const GroupedUnit unit = grouped_unit(s.c, s.k, s.groups);
   const Tiling tiling = tiling_of(s);
-  const int64_t depth = s.c / s.groups, filters = s.k / s.groups;
-  const int64_t chunk = tiling.row_pixels * width, slot = (unit_end - unit_begin) * unit.chunks * chunk;
+  const int64_t depth = s.c / s.groups / per_step<In>, filters = s.k / s.groups;
+  const int64_t chunks = ceil_div(unit.channels, width * per_step<In>);
+  const int64_t chunk = tiling.row_pixels * width, slot = (unit_end - unit_begin) * chunks * chunk;
   const bool rows_at_once = takes_rows(s), together = unit.filters > filters;
   const Form form = together ? Form::permuted : unit.vectors == 1 ? Form::own : Form::shared;
   float* ring = static_cast<float*>(scratch);
@@ -242,7 +268,7 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
   Tile tile{};
   tile.taps = taps;
   tile.chunk_step = chunk;
-  tile.unit_step = unit.chunks * chunk;
+  tile.unit_step = chunks * chunk;
   tile.pixel_step = s.stride[1] * width;
   tile.depth = depth;
   tile.depth_step = s.s * width;
@@ -256,7 +282,7 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
   for (int64_t p = row_begin; p < row_end; ++p) {
     const int64_t first = p * s.stride[0] - s.padding[0];
     for (int64_t y = first > copied ? first : copied; y < first + tiling.row_slots && y < s.h; ++y) {
-      copy_row(conv, unit, tiling.row_pixels, n, y, unit_begin, unit_end, ring + y % tiling.row_slots * slot);
+      copy_row<In>(conv, unit, tiling.row_pixels, n, y, unit_begin, unit_end, ring + y % tiling.row_slots * slot);
       copied = y + 1;
     }
     tile.num_taps = 0;
@@ -270,7 +296,7 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
     for (int64_t v = 0, count; v < vectors; v += count) {
       const int64_t left = run - v % run;
       count = left < tile_vectors ? left : tile_vectors;
-      const SumTile sum = sum_tile_of(form, rows_at_once ? s.s : 1, s.stride[1], tiling.pixels, count);
+      const SumTile sum = sum_tile_of<In>(form, rows_at_once ? s.s : 1, s.stride[1], tiling.pixels, count);
       const int64_t u = unit_begin + v / unit.vectors, filter = u * unit.filters + v % unit.vectors * width;
       tile.weight = static_cast<const float*>(conv.weight) + (unit_begin * unit.vectors + v) * tile.weight_step;
       tile.bias = conv.bias + filter;
@@ -290,6 +316,15 @@ void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_en
       }
     }
   }
+}
+
+void conv_grouped(const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,
+                  void* scratch) {
+#if defined(__AVX512BF16__)
+  if (conv.weight_type == Storage::bf16)
+    return conv_units<bf16>(conv, n, row_begin, row_end, unit_begin, unit_end, scratch);
+#endif
+  conv_units<float>(conv, n, row_begin, row_end, unit_begin, unit_end, scratch);
 }
 
 }  // namespace resnet_fast::RESNET_FAST_LEVEL

@@ -32,26 +32,6 @@ static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
   }
 }
 
-static inline vec row_step(const float* row) { return broadcast(*row); }
-static inline vec panel_step(const float* panel) { return load(panel); }
-static inline vec multiply_add(const float*, vec row, vec panel, vec sum) { return sum + row * panel; }
-
-#if defined(__AVX512BF16__)
-static inline vec row_step(const bf16* row) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, row, sizeof(pair));
-  return (vec)(bits32{} + pair);
-}
-static inline vec panel_step(const bf16* panel) {
-  vec pairs;
-  __builtin_memcpy(&pairs, panel, sizeof(pairs));
-  return pairs;
-}
-static inline vec multiply_add(const bf16*, vec row, vec panel, vec sum) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)panel);
-}
-#endif
-
 template <int rows, int vectors, typename In, typename Out>
 static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps, int64_t offset, int64_t depth,
                                               const In* panel, const TileOutput& o, Ahead ahead) {

@@ -2,7 +2,7 @@
 // summed in registers.
 #pragma once
 
-#include "vec.h"
+#include "multiply.h"
 
 namespace resnet_fast::RESNET_FAST_LEVEL {
 
@@ -43,11 +43,6 @@ static inline void prefetch_residual(const TileOutput& o, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) prefetch(static_cast<const Out*>(o.residual) + i * o.out_stride, o.columns);
 }
 
-// A step of the depth takes a float of a row and of every filter, or a pair of bf16 values (the last one of an odd
-// depth alone).
-template <typename In>
-constexpr int64_t per_step = sizeof(float) / sizeof(In);
-
 // What a tile fetches into the caches while it computes: one address at each step of the depth.
 struct Ahead {
   const char* at;
@@ -71,7 +66,8 @@ static inline Ahead ahead_of_chunk(const In* chunk, int64_t depth, int64_t colum
   return {reinterpret_cast<const char*>(chunk) + bytes + bytes * tile / tiles, (bytes / tiles + steps - 1) / steps};
 }
 
-// out = relu(start + sum over taps and depth of rows * panel + residual)
+// out = relu(start + sum over taps and depth of rows * panel + residual). The last value of an odd depth is multiplied
+// alone.
 template <typename In>
 using GemmTile = void (*)(const In* const* row,  // [taps][tile_rows]; row[tap][0] null: zeros
                           int64_t taps,
