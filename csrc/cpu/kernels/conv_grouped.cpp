@@ -158,17 +158,21 @@ static SumTile sum_tile_of(Form form, int64_t columns, int64_t stride, int64_t p
   return sum_tile_of<In, Form::shared>(columns, stride, pixels, vectors);
 }
 
-// Channels of a pixel, from `from` on, as lanes of floats.
+// The first n < width * per_step values of a pixel in lanes of In; the others are zero.
 template <typename T>
-static inline vec lanes_of(const T* from, int64_t channels, const float*) {
-  return channels >= width ? load(from) : load_part(from, channels);
+static inline vec some_lanes(const T* from, int64_t n, const float*) {
+  return load_part(from, n);
+}
+template <typename T>
+static inline vec all_lanes(const T* from, const float*) {
+  return load(from);
 }
 
 #if defined(__AVX512BF16__)
-// As lanes of pairs.
-static inline vec lanes_of(const bf16* from, int64_t channels, const bf16*) {
-  return channels >= 2 * width ? panel_step(from) : (vec)_mm512_maskz_loadu_epi16((1u << channels) - 1, from);
+static inline vec some_lanes(const bf16* from, int64_t n, const bf16*) {
+  return (vec)_mm512_maskz_loadu_epi16((1u << n) - 1, from);
 }
+static inline vec all_lanes(const bf16* from, const bf16*) { return panel_step(from); }
 #endif
 
 // One input row into the ring: [units][vectors of a unit's channels][row_pixels][width].
@@ -176,6 +180,7 @@ template <typename T, typename In>
 static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixels, int64_t n, int64_t y,
                      int64_t unit_begin, int64_t unit_end, float* to) {
   constexpr int64_t in_vector = width * per_step<In>;
+  constexpr const In* lanes = nullptr;
   const ConvShape& s = conv.shape;
   const int64_t left = s.padding[1] < row_pixels ? s.padding[1] : row_pixels;
   const int64_t end = left + s.w < row_pixels ? left + s.w : row_pixels;
@@ -185,8 +190,11 @@ static void copy_row(const Conv& conv, const GroupedUnit& unit, int64_t row_pixe
       const int64_t channel = u * unit.channels + i, channels = s.c - channel;
       const T* from = row + channel;
       for (int64_t x = 0; x < left; ++x) store(to + x * width, vec{});
-      for (int64_t x = left; x < end; ++x, from += s.c)
-        store(to + x * width, lanes_of(from, channels, static_cast<const In*>(nullptr)));
+      if (channels >= in_vector) {
+        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, all_lanes(from, lanes));
+      } else {
+        for (int64_t x = left; x < end; ++x, from += s.c) store(to + x * width, some_lanes(from, channels, lanes));
+      }
       for (int64_t x = end; x < row_pixels; ++x) store(to + x * width, vec{});
     }
   }
