@@ -301,16 +301,29 @@ def _chosen_peers(args: argparse.Namespace, device: str) -> list[Peer]:
     return [peer for peer in chosen if args.compile or not peer.compiled]
 
 
-def _load_results(path: str) -> dict:
+def _load_results(path: str, option: str) -> dict:
     try:
         with open(path) as file:
             found = json.load(file)
         _ = found["cells"], found["environment"]
     except OSError as error:
-        raise CliError(f"--compare {path}: {error.strerror}") from error
+        raise CliError(f"{option} {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CliError(f"--compare {path}: not a file of `bench --json` ({one_line(error)})") from error
+        raise CliError(f"{option} {path}: not a file of `bench --json` ({one_line(error)})") from error
     return found
+
+
+def _results_to_update(args: argparse.Namespace, found: dict) -> dict | None:
+    """What --update adds to, measured where ``found`` is; None without it."""
+    if not args.update:
+        return None
+    if args.json is None:
+        raise CliError("--update needs the file of --json that it adds to")
+    old = _load_results(args.json, "--update")
+    differing = [line for line in compare.differences(old, found) if not line.startswith("commit")]
+    if differing:
+        raise CliError(f"--update {args.json}: measured elsewhere ({'; '.join(differing)})")
+    return old
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -318,8 +331,9 @@ def _bench(args: argparse.Namespace) -> int:
     for name in names:
         _builders(name)  # refuses an unknown one before anything is measured
     device = _device(args.device)
-    _check_writable(args.json)
-    old = _load_results(args.compare) if args.compare else None
+    if not args.update:
+        _check_writable(args.json)
+    old = _load_results(args.compare, "--compare") if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     chosen = _chosen_peers(args, device.type)
@@ -330,17 +344,21 @@ def _bench(args: argparse.Namespace) -> int:
 
     roof = limits.ceilings(device.type)
     found = {"environment": environment(), "device": _device_name(device), "ceilings": roof.to_dict(), "cells": []}
+    before = _results_to_update(args, found)
     peak, bandwidth = per_second(roof.flops["float32"], "FLOP"), per_second(roof.bandwidth, "B")
     print(f"{found['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; {peak}, {bandwidth}")
-    right = _measure(args, names, device.type, chosen, found)
+    right = _measure(args, names, device.type, chosen, found, before)
     if old is not None:
         print(f"\nagainst {args.compare}\n{table(compare.rows(old, found))}")
         print("\n".join(compare.differences(old, found)))
     return int(not right)
 
 
-def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: list[Peer], found: dict) -> bool:
-    """Fills found["cells"]; whether this package's outputs were right in all of them."""
+def _measure(
+    args: argparse.Namespace, names: list[str], device: str, chosen: list[Peer], found: dict, before: dict | None
+) -> bool:
+    """Fills found["cells"]; whether this package's outputs were right in all of them. The file gets the cells of
+    ``before`` too."""
     from torch.hub import tqdm  # works without the package tqdm
 
     memory = args.memory if args.memory is not None else args.peers is not None
@@ -356,8 +374,12 @@ def _measure(args: argparse.Namespace, names: list[str], device: str, chosen: li
                     done[cell] = cells.add(done[cell], results) if cell in done else results
                     if i == args.passes - 1:
                         print(f"\n{cell}\n{cells.to_text(cell, done[cell])}", flush=True)
-                    found["cells"] = [cells.to_dict(cell, results) for cell, results in done.items()]
-                    write_json(args.json, found)  # what is measured stays, whatever happens later
+                    found["cells"] = [
+                        cells.to_dict(cell, results) | {"commit": found["environment"]["commit"]}
+                        for cell, results in done.items()
+                    ]
+                    # what is measured stays, whatever happens later
+                    write_json(args.json, compare.updated(before, found) if before else found)
     return not any(results[OURS].refused for results in done.values())
 
 
@@ -524,6 +546,8 @@ With --modules, or on CUDA: says for the stem and every block of resnet_fast.mod
     text = "measure memory in a process for each peer, or not (default: with --peers)"
     p.add_argument("--memory", action=argparse.BooleanOptionalAction, default=None, help=text)
     p.add_argument("--json", metavar="FILE", help="write all samples, versions and hardware to FILE")
+    text = "keep the other cells of --json FILE, which must come from the same machine, threads and torch"
+    p.add_argument("--update", action="store_true", help=text)
     text = "mark what moved beyond its spread since that file of --json was written"
     p.add_argument("--compare", metavar="OLD.json", help=text)
     p.set_defaults(run=_bench)

@@ -270,6 +270,25 @@ def test_bench_in_passes(capsys, tmp_path):
     assert {name: len(p["samples_ms"]) + p["dropped"] for name, p in cell["peers"].items()} == {OURS: 4, "torch": 4}
 
 
+def test_bench_updates_a_file(capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    quick = [*BENCH, "--peers", "torch", "--no-memory", "--json", str(path)]
+    assert run(capsys, *quick)[0] == 0
+    found = json.loads(path.read_text())
+    assert found["cells"][0]["commit"] == found["environment"]["commit"]
+    other = found["cells"][0] | {"model": "resnet50", "commit": "of before"}
+    stale = found["cells"][0] | {"commit": "of before", "peers": {}}
+    path.write_text(json.dumps(found | {"cells": [stale, other]}))
+    assert run(capsys, *quick, "--update")[0] == 0
+    first, second = json.loads(path.read_text())["cells"]
+    assert first["peers"] and first["commit"] == found["environment"]["commit"]
+    assert second == other
+    path.write_text(json.dumps(found | {"environment": found["environment"] | {"torch": "1.0"}}))
+    code, _, err = run(capsys, *quick, "--update")
+    assert code != 0 and "measured elsewhere (torch: 1.0 then" in err
+    assert "needs the file of --json" in run(capsys, *BENCH, "--update")[2]
+
+
 def test_bench_says_what_moved(capsys, tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     assert run(capsys, *BENCH, "--json", str(old))[0] == 0

@@ -23,8 +23,9 @@ SECONDS_PER_PEER = 10.0
 MOST = 10  # times as many rounds and seconds, where the machine is too noisy for the precision asked for
 CALIBRATION_IMAGES = 8
 
-# Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default.
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Largest relative RMS against float64 that is still rounding. On CUDA torch's convolutions run in TF32 by default. In
+# bfloat16 a random ResNet-152 errs by 0.047 to 0.053, whichever engine computes it.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 _CUDA_TOLERANCES = _TOLERANCES | {torch.float32: 1e-2}
 _REFERENCE_IMAGES = 32  # at a time: a map of ResNet-50 at batch 256 in float64 has 1.6 GB
 _WARM = 0.06  # seconds; see measure.interleaved

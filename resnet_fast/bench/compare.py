@@ -72,6 +72,13 @@ def differences(old: dict, new: dict) -> list[str]:
     return [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in _ENVIRONMENT if then.get(k) != now.get(k)]
 
 
+def updated(old: dict, new: dict) -> dict:
+    """``new`` with the cells that only ``old`` has, in their old order; what it has anew stands where it stood."""
+    fresh = {_key(cell): cell for cell in new["cells"]}
+    kept = [fresh.pop(_key(cell), {"commit": old["environment"].get("commit")} | cell) for cell in old["cells"]]
+    return new | {"cells": [*kept, *fresh.values()]}
+
+
 def rows(old: dict, new: dict) -> list[tuple[str, ...]]:
     """A table for a reader, headings first; only those that moved carry a mark."""
     found = [("", "then ms", "now ms", "now / then", "drift", "less drift", "")]

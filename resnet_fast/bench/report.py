@@ -244,6 +244,9 @@ def _about(folder: Folder) -> str:
     names = ("torch", "triton", "python", "threads", "isa_level", "commit")
     facts = ", ".join(f"{name} {e[name]}" for name in names if e.get(name))
     flops = ", ".join(f"{per_second(value, 'FLOP')} in {name}" for name, value in roof.get("flops", {}).items())
+    commits = {c.get("commit"): None for c in folder.peers.get("cells", [])}
+    others = [commit for commit in commits if commit not in (None, e.get("commit"))]
+    facts += f" (some models: {', '.join(others)})" if others else ""
     limit = f" Ceilings: {flops}; {per_second(roof['bandwidth'], 'B')} ({roof['how']})." if roof else ""
     return f"{facts}.{limit}" if facts else limit
 
