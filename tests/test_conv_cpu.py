@@ -665,6 +665,15 @@ def test_groups_that_win_in_16_bits(monkeypatch):
         assert chosen(c, 2, torch.float16)[0] == ("grouped" if c <= 32 else "onednn")
 
 
+def test_where_onednn_only_emulates_bfloat16_it_is_not_used_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    takes = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for has_instructions in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_instructions: has)
+        assert choose.onednn_runs.__wrapped__(torch.bfloat16) == (takes and has_instructions)
+        assert choose.onednn_runs.__wrapped__(torch.float32)
+
+
 def test_depthwise_convolutions_that_win_run_in_our_kernel(monkeypatch):
     monkeypatch.setattr(choose, "onednn_runs", lambda dtype: True)
     monkeypatch.setattr(choose, "multiplies_bfloat16", lambda: True)
