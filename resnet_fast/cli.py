@@ -462,7 +462,7 @@ call takes less than 0.15 s runs untimed for 60 ms: with its weights in the cach
 it takes as long as alone in a process. A sample during which the system switched a thread out is dropped and counted.
 
 A peer with 3 samples that has used up --seconds sits out the other rounds of the pass: torch's bfloat16 convolutions
-take seconds on a CPU without AVX-512. Exit code 1 if resnet_fast itself is refused.
+take seconds on a CPU without instructions for it. Exit code 1 if resnet_fast itself is refused.
 
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
