@@ -78,6 +78,12 @@ class Folder:
         measured = self.peers.get("device") or self.cpu_layers.get("device")
         return measured or ", ".join(self.environment.get("cuda_devices") or []) or self.path.name
 
+    @property
+    def title(self) -> str:
+        """The device and, of a CPU, how many threads it had."""
+        threads = None if self.environment.get("cuda_devices") else self.environment.get("threads")
+        return f"{self.device}, {threads} thread{'s' * (threads > 1)}" if threads else self.device
+
 
 # Tables
 
@@ -253,7 +259,7 @@ def _about(folder: Folder) -> str:
 
 def page(folder: Folder) -> str:
     """Everything that was measured on one device, as Markdown."""
-    parts = [f"# {folder.device}", _about(folder)]
+    parts = [f"# {folder.title}", _about(folder)]
     cells = folder.peers.get("cells", [])
     if cells:
         parts += ["## Whole models", "Median milliseconds (time over ours), forward pass at 224x224 pixels. "
@@ -288,9 +294,9 @@ def write(path: Path, plot: bool = True) -> Folder:
     (path / "REPORT.md").write_text(page(folder))
     if plot and folder.peers.get("cells"):
         cells = folder.peers["cells"]
-        plots.peers(folder.peers | {"cells": headline(cells)}, path / "peers.svg")
+        plots.peers(folder.peers | {"cells": headline(cells), "device": folder.title}, path / "peers.svg")
         if _ratios(cells):
-            plots.model_ratios(folder.device, [(cell, over_ours(cell)) for cell in cells], path / "models.svg")
+            plots.model_ratios(folder.title, [(cell, over_ours(cell)) for cell in cells], path / "models.svg")
     if plot and folder.cpu_layers["cells"]:
         plots.layer_ratios(folder.cpu_layers, path / "cpu_layers.svg")
     layers = [row for row in folder.kernels if row["flops"]]
@@ -312,7 +318,7 @@ def section(results: Path, readme: Path) -> str:
     for path in folders(results):
         folder = Folder(path)
         cells, at = folder.peers.get("cells", []), f"{link}/{path.name}"
-        parts += [f"### {folder.device}", _about(folder)]
+        parts += [f"### {folder.title}", _about(folder)]
         if cells:
             parts += ["Median milliseconds (time over ours), forward pass at 224x224 pixels. " + summary(cells),
                       peers_table(headline(cells)), "\n".join(_notes(headline(cells)))]  # fmt: skip
