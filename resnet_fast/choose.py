@@ -284,7 +284,7 @@ def conv_costs(
         direct = r * s * n * p * q
         costs = {ConvKernel("few channels", bfloat16=in_bfloat16): direct * (0.6 if in_bfloat16 else 1.0)}
         if _is_fast_stem(weight_size, output_size, stride, dilation):
-            costs[ConvKernel("winograd stem", tile=4)] = direct * 0.5
+            costs[ConvKernel("winograd stem", tile=3)] = direct * 0.8
         return costs
     gemm = ConvKernel("gemm", bfloat16=in_bfloat16)
     costs = {gemm: r * s * (n * p * q + _STREAMING) * (0.5 if in_bfloat16 else 1.0)}
@@ -337,12 +337,10 @@ def _is_fast_stem(
     """Whether Winograd's algorithm takes a first layer and is faster than the direct kernel.
 
     weight_size [K, C, R, S], output_size [N, K, P, Q]. Time in that of the direct kernel, with max-pooling, from 3
-    channels to 64 filters (16) on 224x224 images, 2 Zen 5 cores: float32 with AVX-512 0.57 (0.76) at batch 1 and 0.57
-    (0.78) at batch 8, bfloat16 0.88 (0.90) and 0.84 (0.86), AVX2 0.50 (0.64) and 0.47 (0.62), portable 0.42 (0.50) and
-    0.40 (0.49). One channel leaves vectors empty: 1.01, 1.25, 0.88 and 0.66. Small images would gain too (64x64 at
-    batch 1 0.65 in float32), but their logits are means of too few pixels for the rounding to average out: on 64x64 a
-    random ResNet-50's err by 4.8e-6 to 5.5e-6, on 112x112 by 3.6e-6 and on 224x224 by 2.2e-6 (torch's by 2.4e-6, 1.6e-6
-    and 1.0e-6).
+    channels to 64 filters on 224x224 images, 2 Cascade Lake cores, at batch 1 (8): AVX-512 0.82-0.90 (0.77-0.82), AVX2
+    0.78 (0.73), portable 0.55 (0.59). One channel leaves vectors empty. Pairs of bfloat16 are faster. The logits of
+    small images are means of too few pixels for the rounding to average out: on 64x64 a random ResNet-50's err by
+    3.1e-6 without it, on 112x112 by 2.4e-6 and on 224x224 by 1.5e-6 with it (torch's by 2.3e-6, 1.4e-6 and 0.9e-6).
     """
     _, c, *size = weight_size
     p, q = output_size[2:]

@@ -250,6 +250,16 @@ def test_stem_by_winograd(name):
         assert_same_special_values(out, ref)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnet101"))
+def test_logits_in_float32(name):
+    """What the first layer errs goes through all others: Winograd's algorithm must not add more than torch errs."""
+    model, x = random_model(getattr(torchvision.models, name), images(4, 3, 224, 224)), images(2, 3, 224, 224)
+    exact = copy.deepcopy(model).double()(x.double())
+    stock = relative_rms(model.to(memory_format=torch.channels_last)(x), exact)
+    assert relative_rms(optimize_for_inference(model, x)(x), exact) <= min(2 * stock, 5e-6)
+
+
 DEPTHWISE_AND_GROUPS = [(24, 24), (17, 17), (40, 40), (24, 6), (40, 10), (17, 1), (40, 1)]
 
 

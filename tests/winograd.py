@@ -12,8 +12,8 @@ POINTS = {  # by the size of an input tile
     6: (0, Fraction(2, 3), -Fraction(2, 3), Fraction(3, 2), -Fraction(3, 2)),
     7: (Fraction(1, 4), -Fraction(1, 4), Fraction(7, 8), -Fraction(7, 8), Fraction(7, 4), -Fraction(7, 4)),
 }
-# Of convolution in float32 over the layers of ResNets, RMS: what F(tile, 3) may lose, and F(4, 4) of the stem.
-LARGEST_ERROR = {2: 1e-6, 4: 2e-6, 5: 5e-6}
+# Of convolution in float32 over the layers of ResNets, RMS: what F(tile, 3) may lose, and F(3, 4) of the stem.
+LARGEST_ERROR = {2: 1e-6, 3: 1.5e-6, 4: 2e-6, 5: 5e-6}
 
 
 def _coefficients(roots: list) -> list[Fraction]:
@@ -54,8 +54,8 @@ def winograd(x: Tensor, weight: Tensor, tile: int, padding: int) -> Tensor:
 
 
 def winograd_stem(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """conv2d(x [N, C, H, W], weight [K, C, 7, 7], stride 2) in x's dtype, as F(4, 4) on the phases of x."""
+    """conv2d(x [N, C, H, W], weight [K, C, 7, 7], stride 2) in x's dtype, as F(3, 4) on the phases of x."""
     odd = (x.shape[2] % 2, x.shape[3] % 2)
     x = F.pad(x, (padding, padding + odd[1], padding, padding + odd[0]))
     phases = F.pixel_unshuffle(x, 2), F.pixel_unshuffle(F.pad(weight, (0, 1, 0, 1)), 2)
-    return winograd(*phases, tile=4, padding=0)
+    return winograd(*phases, tile=3, padding=0)

@@ -16,11 +16,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t tile = 4, taps = 4, size = tile + taps - 1;
+constexpr int64_t tile = stem_tile, taps = stem_taps, size = stem_size;
 
 struct StemScratch {};
 
-// Four rows of the convolution at a time.
 class WinogradStem {
  public:
   static constexpr int64_t rows_at_once = tile;

@@ -34,10 +34,14 @@ struct PixelRow {
   int64_t width, channels;  // at most 4 channels
 };
 
-// Up to four rows of output pixels of a first layer by Winograd's algorithm; see kernels/conv_winograd_stem.cpp.
+// A first layer by Winograd's algorithm, F(3, 4); see kernels/conv_winograd_stem.cpp.
+constexpr int64_t stem_tile = 3, stem_taps = 4, stem_size = stem_tile + stem_taps - 1;
+
+// Up to stem_tile rows of its output pixels.
 struct StemRows {
-  const float* const* input;  // [7], each [4 * tiles + 3][phases * channels in whole vectors]: rows of the phases
-  const float* weight;        // [filters / gemm_panel][49][phases * channels][gemm_panel]
+  const float* const* input;  // [stem_size], rows of the phases, each
+                              // [stem_tile * tiles + stem_taps - 1][phases * channels in whole vectors]
+  const float* weight;        // [filters / gemm_panel][stem_size^2][phases * channels][gemm_panel]
   const float* bias;          // [filters], zeros behind up to another gemm_panel
   void* output;               // [rows][pixels][filters]
   Storage output_type;

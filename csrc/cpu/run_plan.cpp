@@ -155,7 +155,7 @@ class Plan {
         STD_TORCH_CHECK(step.r == 7 && step.s == 7 && step.stride_h == 2 && step.stride_w == 2 && step.c <= 4 &&
                             type == Storage::f32,
                         "Winograd's stem is 7x7 with stride 2 on at most 4 channels, its weight float32");
-        return product({padded, 7 * 7, 4 * step.c});
+        return product({padded, stem_size * stem_size, 4 * step.c});
       case conv_grouped: {
         const GroupedUnit unit = kernels().grouped_unit(step.c, step.k, step.groups);
         STD_TORCH_CHECK(type == Storage::f32 || depth % 2 == 0, "groups of pairs have an even number of channels");

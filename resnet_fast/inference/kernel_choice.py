@@ -81,7 +81,7 @@ def _winograd_bytes(conv: Conv, kernel: ConvKernel) -> int:
     k, c, *_ = _weight_size(conv)
     k = -(-k // 16) * 16  # whole vectors at every level
     if kernel.name == "winograd stem":
-        return 7**2 * k * 4 * c * 4
+        return (kernel.tile + 3) ** 2 * k * 4 * c * 4
     c += c % 2  # whole pairs
     return (kernel.tile + 2) ** 2 * k * c * (2 if kernel.bfloat16 else 4)
 

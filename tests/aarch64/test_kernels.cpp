@@ -297,17 +297,19 @@ std::vector<double> pack_winograd(const Case& c, int64_t m, Storage type) {
 // Its depth: the phases of even rows, then of odd ones, in each the even columns, then the odd ones.
 std::vector<double> pack_winograd_stem(const Case& c) {
   const int64_t padded = padded_filters(c.shape.k), channels = c.shape.c, depth = 4 * channels;
-  std::vector<double> packed(padded * 49 * depth);
+  constexpr int64_t products = stem_size * stem_size;
+  const auto g = [](int64_t row, int64_t power) { return transform_of_weights(stem_tile, stem_taps, row, power); };
+  std::vector<double> packed(padded * products * depth);
   for (int64_t k = 0; k < c.shape.k; ++k)
     for (int64_t r = 0; r < 7; ++r)
       for (int64_t t = 0; t < 7; ++t)
         for (int64_t d = 0; d < channels; ++d)
-          for (int64_t xi = 0; xi < 49; ++xi) {
-            const double g = transform_of_weights(4, 4, xi / 7, r / 2) * transform_of_weights(4, 4, xi % 7, t / 2);
+          for (int64_t xi = 0; xi < products; ++xi) {
             const int64_t first = k / level::gemm_panel * level::gemm_panel;
             const int64_t columns = std::min(level::gemm_panel, padded - first);
-            packed[first * 49 * depth + (xi * depth + (r % 2 * 2 + t % 2) * channels + d) * columns + k - first] +=
-                g * c.weight[((k * channels + d) * 7 + r) * 7 + t];
+            packed[first * products * depth + (xi * depth + (r % 2 * 2 + t % 2) * channels + d) * columns + k -
+                   first] +=
+                g(xi / stem_size, r / 2) * g(xi % stem_size, t / 2) * c.weight[((k * channels + d) * 7 + r) * 7 + t];
           }
   return packed;
 }
@@ -534,14 +536,14 @@ bool run_winograd_stem(const Case& c, Values& weight, Values& output, Storage ty
   const ConvShape& s = c.shape;
   std::vector<float> bias(c.bias.begin(), c.bias.end());
   bias.resize(s.k + level::gemm_panel);
-  const int64_t tiles = ceil_div(s.q, 4), positions = 4 * tiles + 3;
+  const int64_t tiles = ceil_div(s.q, stem_tile), positions = stem_tile * tiles + stem_taps - 1;
   const int64_t lanes = ceil_div(4 * s.c, level::vector_width) * level::vector_width;
   const auto memory = scratch(level::winograd_stem_scratch(s.c));
   bool finite = true;
-  for (int64_t p = 0; p < s.p; p += 4) {
-    std::vector<float> phases(7 * positions * lanes);
-    const float* at[7];
-    for (int64_t i = 0; i < 14; ++i) {
+  for (int64_t p = 0; p < s.p; p += stem_tile) {
+    std::vector<float> phases(stem_size * positions * lanes);
+    const float* at[stem_size];
+    for (int64_t i = 0; i < 2 * stem_size; ++i) {
       const int64_t y = 2 * p + i - s.padding[0];
       std::vector<float> row(2 * positions * s.c);
       for (int64_t j = 0; y >= 0 && y < s.h && j < s.w * s.c && j + s.padding[1] * s.c < int64_t(row.size()); ++j)
@@ -559,7 +561,7 @@ bool run_winograd_stem(const Case& c, Values& weight, Values& output, Storage ty
     rows.output_type = type;
     rows.channels = s.c;
     rows.tiles = tiles;
-    rows.rows = std::min<int64_t>(4, s.p - p);
+    rows.rows = std::min(stem_tile, s.p - p);
     rows.pixels = s.q;
     rows.filters = s.k;
     rows.relu = c.relu;

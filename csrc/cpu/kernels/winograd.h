@@ -30,8 +30,8 @@ struct Transform<2, 3> {  // points 0, 1, -1, infinity
   }
 };
 
-template <>
-struct Transform<4, 3> {  // points 0, a, -a, b, -b, infinity; a b = 1
+// Points 0, a, -a, b, -b, infinity; a b = 1.
+struct SixPoints {
   static constexpr float a = 2.0f / 3, b = 1.5f;
   static inline void input(const vec* x, vec* y) {
     constexpr float sum = float(4.0 / 9 + 9.0 / 4);
@@ -44,17 +44,30 @@ struct Transform<4, 3> {  // points 0, a, -a, b, -b, infinity; a b = 1
     y[3] = even + b * odd;
     y[4] = even - b * odd;
   }
-  static inline void output(const vec* x, vec* y) {
+  // Infinity adds x[5] to the last output alone.
+  template <int m>
+  static inline void outputs(const vec* x, vec* y) {
     const vec sum_a = x[1] + x[2], diff_a = x[1] - x[2], sum_b = x[3] + x[4], diff_b = x[3] - x[4];
     y[0] = x[0] + sum_a + sum_b;
     y[1] = a * diff_a + b * diff_b;
     y[2] = a * a * sum_a + b * b * sum_b;
-    y[3] = a * a * a * diff_a + b * b * b * diff_b + x[5];
+    if constexpr (m == 4) y[3] = a * a * a * diff_a + b * b * b * diff_b;
+    y[m - 1] += x[5];
   }
 };
 
-// Points a, -a, b, -b, c, -c, infinity.
-struct SevenPoints {
+template <>
+struct Transform<4, 3> : SixPoints {
+  static inline void output(const vec* x, vec* y) { outputs<4>(x, y); }
+};
+
+template <>
+struct Transform<3, 4> : SixPoints {
+  static inline void output(const vec* x, vec* y) { outputs<3>(x, y); }
+};
+
+template <>
+struct Transform<5, 3> {  // points a, -a, b, -b, c, -c, infinity
   static constexpr float a = 0.25f, b = 0.875f, c = 1.75f;
   static constexpr float a2 = a * a, b2 = b * b, c2 = c * c;
   static inline void pair(const vec* x, vec* y, float sum, float product, float point) {
@@ -68,28 +81,15 @@ struct SevenPoints {
     pair(x, y + 4, a2 + b2, a2 * b2, c);
     y[6] = x[6] - (a2 + b2 + c2) * x[4] + (a2 * b2 + a2 * c2 + b2 * c2) * x[2] - a2 * b2 * c2 * x[0];
   }
-  // The first m - 1 outputs in full; infinity adds x[6] to the last one alone.
-  template <int m>
-  static inline void outputs(const vec* x, vec* y) {
+  static inline void output(const vec* x, vec* y) {
     const vec sum_a = x[0] + x[1], diff_a = x[0] - x[1], sum_b = x[2] + x[3], diff_b = x[2] - x[3], sum_c = x[4] + x[5],
               diff_c = x[4] - x[5];
     y[0] = sum_a + sum_b + sum_c;
     y[1] = a * diff_a + b * diff_b + c * diff_c;
     y[2] = a2 * sum_a + b2 * sum_b + c2 * sum_c;
     y[3] = a2 * a * diff_a + b2 * b * diff_b + c2 * c * diff_c;
-    if constexpr (m == 5) y[4] = a2 * a2 * sum_a + b2 * b2 * sum_b + c2 * c2 * sum_c;
-    y[m - 1] += x[6];
+    y[4] = a2 * a2 * sum_a + b2 * b2 * sum_b + c2 * c2 * sum_c + x[6];
   }
-};
-
-template <>
-struct Transform<5, 3> : SevenPoints {
-  static inline void output(const vec* x, vec* y) { outputs<5>(x, y); }
-};
-
-template <>
-struct Transform<4, 4> : SevenPoints {
-  static inline void output(const vec* x, vec* y) { outputs<4>(x, y); }
 };
 
 // B^T d B of a vector of channels: read(i, j) is the pixel in row i and column j, write(i, j, v) takes a result.
