@@ -338,9 +338,11 @@ def _is_fast_stem(
 
     weight_size [K, C, R, S], output_size [N, K, P, Q]. Time in that of the direct kernel, with max-pooling, from 3
     channels to 64 filters on 224x224 images, 2 Cascade Lake cores, at batch 1 (8): AVX-512 0.82-0.90 (0.77-0.82), AVX2
-    0.78 (0.73), portable 0.55 (0.59). One channel leaves vectors empty. Pairs of bfloat16 are faster. The logits of
-    small images are means of too few pixels for the rounding to average out: on 64x64 a random ResNet-50's err by
-    3.1e-6 without it, on 112x112 by 2.4e-6 and on 224x224 by 1.5e-6 with it (torch's by 2.3e-6, 1.4e-6 and 0.9e-6).
+    0.78 (0.73), portable 0.55 (0.59). One channel leaves vectors empty. Of the time with pairs of bfloat16 F(4,4) took
+    0.84-0.88 (2 Zen 5 cores); F(3,4), with 1.3 times as many products, was not measured against them, and they have the
+    stem. The logits of small images are means of too few pixels for the rounding to average out: on 64x64 a random
+    ResNet-50's err by 3.1e-6 without it, on 112x112 by 2.4e-6 and on 224x224 by 1.5e-6 with it (torch's by 2.3e-6,
+    1.4e-6 and 0.9e-6).
     """
     _, c, *size = weight_size
     p, q = output_size[2:]
@@ -414,7 +416,7 @@ def onednn_runs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's fused convolution multiplies this dtype on this CPU.
 
     It takes bfloat16 wherever there is AVX-512, but without instructions for it only emulates them: on 2 Cascade Lake
-    cores ResNet-18's convolutions run at 40 GFLOP/s, in float32 between conversions at 130.
+    cores ResNet-18 ran at 40 GFLOP/s so, and with our kernels, which compute in float32, at 220 to 300.
     """
     if dtype == torch.bfloat16:
         emulates = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
