@@ -83,12 +83,12 @@ $(VENV)/.dev: $(SETUP)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/aarch64/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp
+	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h
 
 # Builds the CUDA part for every default architecture (a register spill is an error) and reads its machine code.
 cuda-check: $(VENV)/.dev
