@@ -100,7 +100,8 @@ def _time_of(peer: dict, best: bool) -> str:
 
 def peers_table(cells: Sequence[dict]) -> str:
     """A line a cell, a column a peer: median milliseconds (time over ours), the fastest bold; * has a note."""
-    names = list(dict.fromkeys(name for cell in cells for name in cell["peers"]))
+    fullest = max(cells, key=lambda cell: len(cell["peers"]), default={"peers": {}})  # has all in their order
+    names = list(dict.fromkeys(name for cell in (fullest, *cells) for name in cell["peers"]))
     rows = [("", *names, "ours: images/s", "of bound")]
     for cell in cells:
         timed = {name: peer["median_ms"] for name, peer in cell["peers"].items() if peer.get("median_ms")}
@@ -159,11 +160,10 @@ def summary(cells: Sequence[dict]) -> str:
     for dtype in dict.fromkeys(cell["dtype"] for cell in cells):
         ratios = []
         for cell in (cell for cell in cells if cell["dtype"] == dtype):
-            timed = {name: peer["median_ms"] for name, peer in cell["peers"].items() if peer.get("median_ms")}
-            ours = [ms for name, ms in timed.items() if name.startswith(OURS)]
-            others = [ms for name, ms in timed.items() if not name.startswith(OURS)]
-            if ours and others:
-                ratios.append(min(others) / min(ours))
+            ours = [p.get("time_over_ours") for name, p in cell["peers"].items() if name.startswith(OURS)]
+            fastest = over_ours(cell)
+            if any(ours) and fastest:
+                ratios.append(fastest[0] / min(filter(None, ours)))
         if ratios:
             span = f"{min(ratios):.2f}" + (f" to {max(ratios):.2f}" if len(ratios) > 1 else "")
             parts.append(f"{span} times as fast as the fastest of the others in {dtype}")
