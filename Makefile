@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
+# Tests beside each other: most of a test is in one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
 .PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest test-aarch64 sanitize cuda-check clean
@@ -19,8 +21,9 @@ demo: $(SETUP)
 	$(BIN)/resnet-fast classify examples/photos/*.jpg --model resnet50
 	OMP_PROC_BIND=true $(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32
 
+# A file in one process, so that what its tests share is made once.
 test: $(SETUP)
-	$(BIN)/python -m pytest tests
+	$(PYTEST) --dist loadfile --no-loadscope-reorder tests
 
 bench: $(SETUP)
 	OMP_PROC_BIND=true $(BIN)/python -m pytest benchmarks --benchmark-only
@@ -36,13 +39,13 @@ report: $(VENV)/.bench
 # Every engine computes what torchvision computes; JAX too, which is a peer on CUDA only.
 test-peers: $(VENV)/.bench
 	$(BIN)/pip install --quiet jax
-	RESNET_FAST_TEST_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py tests/test_report.py
+	RESNET_FAST_TEST_PEERS=1 $(PYTEST) tests/test_peers.py tests/test_report.py
 
 test-triton: $(SETUP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter
 
 test-triton-aot: $(SETUP)
-	RESNET_FAST_TEST_AOT=1 $(BIN)/python -m pytest tests/triton_aot
+	RESNET_FAST_TEST_AOT=1 $(PYTEST) tests/triton_aot
 
 # The same build under the oldest torch supported, laid in front of the newer one that it was built with.
 OLDEST := .torch_oldest
@@ -52,11 +55,11 @@ $(OLDEST)/.installed: $(SETUP)
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import torch; assert torch.__version__.startswith('2.11.'), torch.__version__"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_add_relu.py tests/test_conv_bn_relu.py tests/test_conv_bn_relu_cuda.py \
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_inference.py tests/test_inference_model.py tests/test_inference_plan.py \
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_inference.py tests/test_inference_model.py tests/test_inference_plan.py \
 		-k "of_this_package or blocks or outputs or fused or copies or functional or refused or bit_for_bit"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_gpu_campaign.py -k "every_step or dry_run"
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_gpu_campaign.py -k "every_step or dry_run"
 
 # The CPU kernels without torch: built for aarch64 and run under qemu, then natively at every level that this CPU has.
 AARCH64_PACKAGES := g++-aarch64-linux-gnu qemu-user

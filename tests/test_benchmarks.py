@@ -16,7 +16,8 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def run(*arguments):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # Not as one of several processes, which pytest-benchmark refuses to time.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 

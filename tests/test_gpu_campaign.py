@@ -9,12 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, copy_sources
 
 from resnet_fast import _C
 
 pytest.importorskip("torchvision")
 
-ROOT = Path(__file__).parent.parent
 CAMPAIGN = ROOT / "benchmarks" / "gpu_campaign.py"
 STEPS = ["build", "doctor", "test", "peers", "kernels", "models", "tune", "train", "profile"]
 # The smallest of everything, in the program's own options.
@@ -115,27 +115,8 @@ def test_tune_runs_in_tritons_interpreter(tmp_path):
     assert len(row["ms"]) == 2 and all(error < 1e-2 for error in row["error"].values())
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of the project's files without anything compiled."""
-    files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    for name in files:
-        shutil.copy(ROOT / name, tmp_path)
-    for folder in ("csrc", "resnet_fast", "benchmarks"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return tmp_path
-
-
-def test_build_from_source(checkout):
-    script = checkout / "benchmarks" / "gpu_campaign.py"
-    steps = ["--steps", "build,doctor", "--device", "cpu"]
-    result = run("--out", str(checkout / "out"), *steps, script=script, RESNET_FAST_CUDA="0")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "CPU-only build (RESNET_FAST_CUDA=0)" in result.stdout
-    assert (checkout / "resnet_fast" / "_C.abi3.so").exists()
-
-
-def test_build_from_a_wheel(checkout, tmp_path):
+def test_build_from_a_wheel(tmp_path):
+    checkout = copy_sources(tmp_path)
     library = Path(_C.__file__)
     wheel = tmp_path / "resnet_fast-0.1.0-cp310-abi3-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as file:

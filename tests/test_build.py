@@ -1,15 +1,17 @@
-"""Objects of the instruction-set levels are separate: what one level was compiled to can never be linked into another."""
+"""A build from source, and that its objects of the instruction-set levels are separate: what one level was compiled to
+can never be linked into another."""
 
 import importlib.util
 import os
 import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, copy_sources
 
-ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp"))
 
 
@@ -24,9 +26,30 @@ def load_setup():
 SETUP = load_setup()
 
 
-def compile_command(source: Path, level: str, target: Path, *options: str) -> list:
-    flags = [*SETUP.KERNEL_FLAGS, *options, *SETUP.LEVELS[level], f"-DRESNET_FAST_LEVEL={level}"]
-    return [os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", target]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A fresh checkout that benchmarks/gpu_campaign.py has built, and what it printed."""
+    folder = copy_sources(tmp_path_factory.mktemp("built"))
+    command = [
+        sys.executable,
+        "benchmarks/gpu_campaign.py",
+        "--out",
+        "out",
+        "--steps",
+        "build,doctor",
+        "--device",
+        "cpu",
+    ]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "RESNET_FAST_CUDA": "0"}
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+def test_build_from_source(built):
+    folder, text = built
+    assert "CPU-only build (RESNET_FAST_CUDA=0)" in text
+    assert (folder / "resnet_fast" / "_C.abi3.so").exists()
 
 
 def symbols(file: Path) -> dict[str, str]:
@@ -44,7 +67,8 @@ def objects(tmp_path_factory):
     for level in SETUP.LEVELS:
         found[level] = [folder / f"{level}_{source.stem}.o" for source in KERNELS]
         for source, target in zip(KERNELS, found[level], strict=True):
-            commands.append(compile_command(source, level, target, "-O0"))
+            options = [*SETUP.KERNEL_FLAGS, "-O0", *SETUP.LEVELS[level], f"-DRESNET_FAST_LEVEL={level}"]
+            commands.append([os.environ.get("CXX", "g++"), *options, "-c", source, "-o", target])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
     return found
@@ -76,11 +100,10 @@ def test_every_level_has_every_kernel(objects):
 
 @pytest.mark.parametrize("level", SETUP.LEVELS)
 @pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.name)
-def test_kernel_objects_export_no_weak_symbols(source, level, tmp_path):
+def test_kernel_objects_export_no_weak_symbols(source, level, built):
     """As they are built. A weak symbol (an inline function) built for AVX-512 could be the one that the linker gives to
     the portable path."""
-    target = tmp_path / "kernel.o"
-    subprocess.run(compile_command(source, level, target), check=True)
+    (target,) = built[0].glob(f"build/temp*/{level}/{source.stem}.o")
     lines = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
     kinds = {line[17]: line[19:] for line in lines}
     assert not set("VWvwu") & set(kinds), lines

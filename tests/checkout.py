@@ -1,0 +1,16 @@
+"""The project's sources as a fresh checkout has them."""
+
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def copy_sources(folder: Path) -> Path:
+    """``folder``, filled with what the package is built from and nothing compiled."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "resnet_fast", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    return folder
