@@ -370,11 +370,11 @@ def _is_fast_depthwise(
     return n * p * q <= (28**2 if onednn_in_16_bit else 112**2)
 
 
-# Channels of a group up to which our kernel is the faster one; levels that are not here were not measured.
-_MOST_GROUPED_CHANNELS = {"avx2": 8, "avx512": 32}
+# Channels of a group with which our kernel is the faster one; levels that are not here were not measured.
+_GROUPED_CHANNELS = {"avx2": {*range(2, 9)}, "avx512": {*range(2, 33), 64}}
 
 
-# The same where ours multiplies pairs of bfloat16; with stride 1 where only oneDNN computes in 16 bits.
+# The most of them where ours multiplies pairs of bfloat16; with stride 1 where only oneDNN computes in 16 bits.
 _MOST_GROUPED_CHANNELS_IN_PAIRS, _MOST_GROUPED_CHANNELS_IN_16_BIT = 64, 6
 
 
@@ -391,8 +391,10 @@ def _is_fast_grouped(
     weight_size [K, C / groups, R, S]; ``pairs``: it multiplies pairs of bfloat16. Measured on 2 Zen 5 cores in float32,
     times as fast as oneDNN's fused convolution at batch 8 (batch 1), 3x3 with that many channels in a group:
     AVX-512, stride 1: 2 4.6, 3 2.2, 4 1.9 (2.5), 5 1.6 (1.6), 8 1.6 (1.6), 12 2.2 (2.4), 16 1.02-1.5 (1.2-1.4),
-    24 1.06 (1.2), 32 1.04-1.1 (1.02-1.2), but 48 0.87, 64 0.97; stride 2: 6 1.1 (1.4), 8 1.1-2.1 (1.6-1.9),
+    24 1.06 (1.2), 32 1.04-1.1 (1.02-1.2), 64 0.97, but 48 0.87; stride 2: 6 1.1 (1.4), 8 1.1-2.1 (1.6-1.9),
     16 1.5 (1.3), 24 1.0 (1.2), 32 0.99 (1.14). Rows that fit no tile lose (13 pixels, 16 channels: 0.93 (1.2)).
+    The same on 2 Cascade Lake cores: 32 and 64 with stride 1 1.1-1.3 (1.2-1.4), 64 with stride 2 1.2 (1.1-1.2), 48 at
+    28x28 pixels 0.82-0.92 (0.95-0.99).
     AVX2: 2 4.9, 3 2.0, 4 1.9 (2.1), 5 1.1, 8 1.1-1.4 (1.1-1.6), but 12 0.94, 16 0.82-0.93, 32 0.83.
     AVX-512 against bfloat16, stride 1: 2 3.9 (3.7), 3 3.0 (2.5), 4 1.5 (1.6), 6 1.2 (1.2), but 8 0.8-0.9 (1.0), 16 0.6;
     stride 2: 8 0.6-1.4 (0.85), 16 0.7 (0.9).
@@ -403,12 +405,11 @@ def _is_fast_grouped(
     k, c, r, s = weight_size
     if r != 3 or s != 3 or k != c * groups or max(stride) > 2 or max(dilation) > 1:
         return False
-    most = _MOST_GROUPED_CHANNELS.get(cpu_level().partition("_")[0], 0)  # avx512_bf16 is avx512 here
     if pairs:
-        most = _MOST_GROUPED_CHANNELS_IN_PAIRS
-    elif onednn_in_16_bit:
-        most = min(most, _MOST_GROUPED_CHANNELS_IN_16_BIT) if max(stride) == 1 else 0
-    return 2 <= c <= most
+        return 2 <= c <= _MOST_GROUPED_CHANNELS_IN_PAIRS
+    if onednn_in_16_bit and (max(stride) > 1 or c > _MOST_GROUPED_CHANNELS_IN_16_BIT):
+        return False
+    return c in _GROUPED_CHANNELS.get(cpu_level().partition("_")[0], ())  # avx512_bf16 is avx512 here
 
 
 @cache
