@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
-# Tests beside each other: most of a test is in one thread.
+# Several processes of tests: most of what a test does is in one thread.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
@@ -21,7 +21,7 @@ demo: $(SETUP)
 	$(BIN)/resnet-fast classify examples/photos/*.jpg --model resnet50
 	OMP_PROC_BIND=true $(BIN)/resnet-fast bench resnet18 --batch 1 --dtype float32
 
-# A file in one process, so that what its tests share is made once.
+# Each file in one process, so that what its tests share is made once.
 test: $(SETUP)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder tests
 
