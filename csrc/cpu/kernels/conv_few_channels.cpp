@@ -21,17 +21,17 @@ static void conv_row_of(const ConvRow& row) {
     const In* tap = static_cast<const In*>(row.input[t]);
     for (int64_t i = 0; i < tile_rows; ++i) at[t * tile_rows + i] = tap == nullptr ? tap : tap + i * row.pixel_step;
   }
-  const int64_t tiles = tiles_of(row.pixels);
-  for (int64_t first = 0; first < tiles; first += tiles_at_a_time) {
-    const int64_t last = first + tiles_at_a_time < tiles ? first + tiles_at_a_time : tiles;
+  const Tiles tiles(row.pixels);
+  for (int64_t first = 0; first < tiles.count; first += tiles_at_a_time) {
+    const int64_t last = first + tiles_at_a_time < tiles.count ? first + tiles_at_a_time : tiles.count;
     for (int64_t filter = 0; filter < row.filters; filter += panel_width) {
       const int64_t vectors = vectors_of_panel(row.filters, filter), left = row.filters - filter;
       const int64_t columns = left < vectors * width ? left : vectors * width;
       const In* panel = static_cast<const In*>(row.weight) + filter * row.taps * row.depth;
       for (int64_t tile = first; tile < last; ++tile) {
-        const int64_t pixel = row.pixels * tile / tiles, rows = row.pixels * (tile + 1) / tiles - pixel;
+        const int64_t pixel = tiles.first_row(tile), rows = tiles.rows_of(tile);
         Out* out = static_cast<Out*>(row.output) + pixel * row.filters + filter;
-        const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu};
+        const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu, false};
         gemm_tile<In, Out>(rows, vectors)(at, row.taps, pixel * row.pixel_step, row.depth, panel, o,
                                           ahead_in_panel(panel, vectors));
       }

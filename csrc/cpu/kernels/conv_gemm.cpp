@@ -30,15 +30,17 @@ static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t en
   const ConvShape& s = conv.shape;
   const T* zeros = static_cast<const T*>(conv.zeros);
   const T* input = static_cast<const T*>(conv.input) + group * (s.c / s.groups);
-  const int64_t tiles = tiles_of(end - begin), taps = s.r * s.s;
+  const Tiles tiles(end - begin);
+  const int64_t taps = s.r * s.s;
   if (taps == 1 && s.stride[0] == 1 && s.stride[1] == 1 && s.p == s.h && s.q == s.w) {  // pixel for pixel
-    for (int64_t tile = 0, i = 0; tile < tiles; ++tile, row += tile_rows)
-      for (int64_t first = i; i < (end - begin) * (tile + 1) / tiles; ++i) row[i - first] = input + (begin + i) * s.c;
+    input += begin * s.c;
+    for (int64_t tile = 0; tile < tiles.count; ++tile, row += tile_rows)
+      for (int64_t i = 0; i < tiles.rows_of(tile); ++i, input += s.c) row[i] = input;
     return;
   }
   int64_t n = begin / (s.p * s.q), p = begin / s.q % s.p, q = begin % s.q;
-  for (int64_t tile = 0; tile < tiles; ++tile, row += taps * tile_rows) {
-    const int64_t rows = (end - begin) * (tile + 1) / tiles - (end - begin) * tile / tiles;
+  for (int64_t tile = 0; tile < tiles.count; ++tile, row += taps * tile_rows) {
+    const int64_t rows = tiles.rows_of(tile);
     for (int64_t i = 0; i < rows; ++i) {
       find_row(s, input, zeros, n, p, q, row + i);
       if (++q == s.q) q = 0, ++p;
@@ -56,11 +58,11 @@ static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t en
 // The same for 1x1 kernels on 16-bit maps: the pixels are widened into `wide` first, once for all panels.
 template <typename T>
 static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const float** row, float* wide) {
-  const int64_t depth = conv.shape.c / conv.shape.groups, tiles = tiles_of(end - begin);
+  const int64_t depth = conv.shape.c / conv.shape.groups;
+  const Tiles tiles(end - begin);
   find_rows(conv, group, begin, end, reinterpret_cast<const T**>(row));
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t rows = (end - begin) * (tile + 1) / tiles - (end - begin) * tile / tiles;
-    for (int64_t i = 0; i < rows; ++i, wide += depth) {
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    for (int64_t i = 0; i < tiles.rows_of(tile); ++i, wide += depth) {
       const float** at = row + tile * tile_rows + i;
       const T* from = reinterpret_cast<const T*>(*at);
       if (from == nullptr) break;
@@ -74,7 +76,7 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
 
 int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
   const ConvShape& s = conv.shape;
-  const int64_t rows = tiles_of(pixels) * tile_rows;
+  const int64_t rows = Tiles(pixels).count * tile_rows;
   const int64_t wide = conv.input_type == conv.weight_type ? 0 : s.c / s.groups;
   return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
 }
@@ -82,36 +84,33 @@ int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
 template <typename In>
 constexpr int64_t depth_chunk = gemm_steps * per_step<In>;
 
-// What the loops below agree on: output pixels [begin, begin + pixels) of one group.
+// What the loops below agree on: some output pixels of one group.
 template <typename In>
 struct Block {
   const Conv& conv;
   int64_t taps, depth;     // kernel positions, channels of the group
   int64_t filters, first;  // of the group; its first one
   const In* weight;        // of the group
-  int64_t begin, pixels, tiles;
-  const In** row;  // [tiles][taps][tile_rows]
+  int64_t begin;           // its first output pixel
+  Tiles tiles;             // of output pixels
+  const In** row;          // [tiles.count][taps][tile_rows]
 };
-
-template <typename In>
-static inline int64_t first_pixel(const Block<In>& b, int64_t tile) {
-  return b.pixels * tile / b.tiles;
-}
 
 // Where a tile's finished sums go.
 template <typename Out, typename In>
 static inline TileOutput output_of(const Block<In>& b, int64_t pixel, int64_t filter, int64_t columns) {
   const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
   const Out* residual = b.conv.residual ? static_cast<const Out*>(b.conv.residual) + at : nullptr;
-  return {nullptr, 0, static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns, b.conv.relu};
+  return {nullptr,     0,    static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns,
+          b.conv.relu, false};
 }
 
 // What tile `tile` reads of kernel positions [tap, tap + taps) and channels [k, k + depth).
 template <typename In>
 static inline void prefetch_rows(const Block<In>& b, int64_t tile, int64_t tap, int64_t taps, int64_t k,
                                  int64_t depth) {
-  if (tile == b.tiles) return;
-  const int64_t rows = first_pixel(b, tile + 1) - first_pixel(b, tile);
+  if (tile == b.tiles.count) return;
+  const int64_t rows = b.tiles.rows_of(tile);
   for (int64_t t = tap; t < tap + taps; ++t) {
     const In* const* row = b.row + (tile * b.taps + t) * tile_rows;
     if (row[0] == nullptr) continue;
@@ -125,14 +124,13 @@ static inline void prefetch_rows(const Block<In>& b, int64_t tile, int64_t tap, 
 // Zen 5 cores, batch 8).
 template <typename Out, typename In>
 static void sum_by_tile(const Block<In>& b, int64_t filter_begin, int64_t filter_end) {
-  for (int64_t tile = 0; tile < b.tiles; ++tile) {
-    const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
+  for (int64_t tile = 0; tile < b.tiles.count; ++tile) {
+    const int64_t pixel = b.tiles.first_row(tile), rows = b.tiles.rows_of(tile);
     prefetch_rows(b, tile + 1, 0, b.taps, 0, b.depth);
     for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
       const int64_t vectors = vectors_of_panel(b.filters, filter);
       TileOutput o = output_of<Out>(b, pixel, filter, vectors * width);
       o.start = b.conv.bias + b.first + filter;
-      prefetch_residual<Out>(o, rows);
       const In* panel = b.weight + filter * b.taps * b.depth;
       gemm_tile<In, Out>(rows, vectors)(b.row + tile * b.taps * tile_rows, b.taps, 0, b.depth, panel, o,
                                         ahead_in_panel(panel, vectors));
@@ -148,6 +146,7 @@ static void sum_by_panel(const Block<In>& b, int64_t filter_begin, int64_t filte
   for (int64_t filter = filter_begin; filter < filter_end; filter += panel_width) {
     const int64_t vectors = vectors_of_panel(b.filters, filter), columns = vectors * width;
     const In* panel = b.weight + filter * b.taps * b.depth;
+    const AheadOfChunks<In> ahead(columns, b.tiles.count);
     for (int64_t tap = 0; tap < b.taps; tap += chunk_taps) {
       const int64_t taps = tap + chunk_taps < b.taps ? chunk_taps : b.taps - tap;
       for (int64_t k = 0; k < b.depth; k += chunk) {
@@ -155,16 +154,15 @@ static void sum_by_panel(const Block<In>& b, int64_t filter_begin, int64_t filte
         const bool is_first = tap == 0 && k == 0, is_last = tap + taps == b.taps && k + depth == b.depth;
         const In* weight = panel + (tap * b.depth + k) * columns;
         const auto tile_of = is_last ? gemm_tile<In, Out> : gemm_tile<In, float>;
-        for (int64_t tile = 0; tile < b.tiles; ++tile) {
-          const int64_t pixel = first_pixel(b, tile), rows = first_pixel(b, tile + 1) - pixel;
+        for (int64_t tile = 0; tile < b.tiles.count; ++tile) {
+          const int64_t pixel = b.tiles.first_row(tile), rows = b.tiles.rows_of(tile);
           float* sums = partial + pixel * columns;
-          TileOutput o{sums, columns, sums, nullptr, columns, columns, false};
+          TileOutput o{sums, columns, sums, nullptr, columns, columns, false, true};
           if (is_last) o = output_of<Out>(b, pixel, filter, columns);
           o.start = is_first ? b.conv.bias + b.first + filter : sums;
           o.start_stride = is_first ? 0 : columns;
-          prefetch_residual<Out>(o, rows);
           tile_of(rows, vectors)(b.row + (tile * b.taps + tap) * tile_rows, taps, k, depth, weight, o,
-                                 ahead_of_chunk(weight, taps * depth, columns, tile, b.tiles));
+                                 ahead.of(weight, taps * depth, tile));
         }
       }
     }
@@ -179,7 +177,7 @@ static bool panel_by_panel(const Block<In>& b, int64_t filters) {
   const ConvShape& s = b.conv.shape;
   constexpr int64_t most_bytes = 640 << 10;  // of panels
   const int64_t depth = b.taps * b.depth, bytes = filters * depth * int64_t(sizeof(In));
-  return depth > depth_chunk<In> || bytes > most_bytes || filters <= panel_width || b.pixels == s.n * s.p * s.q;
+  return depth > depth_chunk<In> || bytes > most_bytes || filters <= panel_width || b.tiles.rows == s.n * s.p * s.q;
 }
 
 template <typename Out, typename In>
@@ -196,8 +194,7 @@ static void multiply(const Conv& conv, int64_t group, int64_t pixel_begin, int64
   const int64_t taps = s.r * s.s, depth = s.c / s.groups, filters = s.k / s.groups;
   const int64_t padded = (filters + width - 1) / width * width;
   const In* weight = static_cast<const In*>(conv.weight) + group * padded * taps * depth;
-  const Block<In> block{conv,   taps,        depth,  filters,          group * filters,
-                        weight, pixel_begin, pixels, tiles_of(pixels), row};
+  const Block<In> block{conv, taps, depth, filters, group * filters, weight, pixel_begin, Tiles(pixels), row};
   if (conv.output_type == Storage::f32) return multiply<float>(block, filter_begin, filter_end, partial);
   if (conv.output_type == Storage::bf16) return multiply<bf16>(block, filter_begin, filter_end, partial);
   if constexpr (per_step<In> == 1) multiply<f16>(block, filter_begin, filter_end, partial);
@@ -205,7 +202,7 @@ static void multiply(const Conv& conv, int64_t group, int64_t pixel_begin, int64
 
 void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,
                int64_t filter_end, void* scratch) {
-  const int64_t pixels = pixel_end - pixel_begin, rows = tiles_of(pixels) * tile_rows;
+  const int64_t pixels = pixel_end - pixel_begin, rows = Tiles(pixels).count * tile_rows;
   const float** row = static_cast<const float**>(scratch);
   float* partial = reinterpret_cast<float*>(row + rows * conv.shape.r * conv.shape.s);
 #if defined(__AVX512BF16__)

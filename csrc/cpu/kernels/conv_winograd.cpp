@@ -18,6 +18,14 @@ static inline Place place_of(const ConvShape& s, int64_t tile) {
   return {tile / (across * down), tile / across % down * m, tile % across * m};
 }
 
+template <int m>
+static inline Place next(const ConvShape& s, Place at) {
+  at.x += m;
+  if (at.x >= s.q) at.x = 0, at.y += m;
+  if (at.y >= s.p) at.y = 0, ++at.n;
+  return at;
+}
+
 // Row length of the transformed input: channels in whole vectors.
 static inline int64_t row_length(const ConvShape& s) { return (s.c + width - 1) / width * width; }
 
@@ -42,8 +50,8 @@ static void input_tiles(const Conv& conv, int64_t begin, int64_t end, In* transf
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
   const T *input = static_cast<const T*>(conv.input), *zeros = static_cast<const T*>(conv.zeros);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const Place at = place_of<m>(s, tile);
+  Place at = place_of<m>(s, begin);
+  for (int64_t tile = begin; tile < end; ++tile, at = next<m>(s, at)) {
     const T* pixel[size * size];
     for (int i = 0; i < size; ++i) {
       const int64_t y = at.y + i - s.padding[0];
@@ -107,30 +115,32 @@ static bool output_panel(const Conv& conv, const In* transformed, int64_t stride
   constexpr int size = m + 2;
   const ConvShape& s = conv.shape;
   const int64_t count = end - begin, vectors = vectors_of_panel(s.k, filter), columns = vectors * width;
-  const int64_t tiles = tiles_of(count), products_stride = output_stride(count);
+  const int64_t products_stride = output_stride(count);
+  const Tiles tiles(count);
+  const AheadOfChunks<In> ahead(columns, tiles.count);
   constexpr int64_t chunk = winograd_steps * per_step<In>;
   const int64_t channels = (s.c + per_step<In> - 1) / per_step<In> * per_step<In>;
   const In* panel = static_cast<const In*>(conv.weight) + filter * size * size * channels;
   for (int xi = 0; xi < size * size; ++xi) {
     for (int64_t k = 0; k < channels; k += chunk) {
       const int64_t depth = k + chunk < channels ? chunk : channels - k;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = count * t / tiles, rows = count * (t + 1) / tiles - first;
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t first = tiles.first_row(t), rows = tiles.rows_of(t);
         const In* row[tile_rows];
         for (int64_t i = 0; i < rows; ++i) row[i] = transformed + xi * stride + (first + i) * row_length(s);
         float* out = products + xi * products_stride + first * columns;
         const float* start = k == 0 ? nullptr : out;
         gemm_tile<In, float>(rows, vectors)(row, 1, k, depth, panel,
-                                            {start, columns, out, nullptr, columns, columns, false},
-                                            ahead_of_chunk(panel, depth, columns, t, tiles));
+                                            {start, columns, out, nullptr, columns, columns, false, true},
+                                            ahead.of(panel, depth, t));
       }
       panel += depth * columns;
     }
   }
   vec check{};
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const Place at = place_of<m>(s, tile);
-    if (tile + 1 < end) prefetch_output<m, T>(conv, place_of<m>(s, tile + 1), filter, columns);
+  Place at = place_of<m>(s, begin);
+  for (int64_t tile = begin; tile < end; ++tile, at = next<m>(s, at)) {
+    if (tile + 1 < end) prefetch_output<m, T>(conv, next<m>(s, at), filter, columns);
     for (int64_t j = 0; j < vectors; ++j)
       output_tile<m, T>(conv, products + (tile - begin) * columns + j * width, products_stride, at, filter + j * width,
                         &check);

@@ -73,16 +73,17 @@ static inline void output_tile(const StemRows& rows, const float* products, int6
 template <typename Out>
 static bool stem_rows(const StemRows& rows, float* scratch) {
   const int64_t depth = 4 * rows.channels, lanes = lanes_of(rows.channels), stride = input_stride(rows.channels);
-  const int64_t groups = tiles_of(rows.tiles);
+  const Tiles groups(rows.tiles);
   float* products = scratch + size * size * stride;
   vec check{};
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t first = rows.tiles * group / groups, count = rows.tiles * (group + 1) / groups - first;
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t first = groups.first_row(group), count = groups.rows_of(group);
     input_tiles(rows, first, count, scratch);
     for (int64_t filter = 0; filter < rows.filters; filter += panel_width) {
       const int64_t vectors = vectors_of_panel(rows.filters, filter), columns = vectors * width;
       const float* panel = rows.weight + filter * size * size * depth;
-      const TileOutput out{nullptr, 0, nullptr, nullptr, columns, columns, false};
+      const TileOutput out{nullptr, 0, nullptr, nullptr, columns, columns, false, true};
+      const AheadOfChunks<float> ahead(columns, 1);
       const GemmTile<float> multiply = gemm_tile<float, float>(count, vectors);
       for (int xi = 0; xi < size * size; ++xi, panel += depth * columns) {
         const float* row[tile_rows];
@@ -91,7 +92,7 @@ static bool stem_rows(const StemRows& rows, float* scratch) {
         o.out = products + xi * output_stride;
         // The row of the point at infinity is the last one of the taps, which odd rows do not have.
         const int64_t used = xi / size == size - 1 ? depth / 2 : depth;
-        multiply(row, 1, 0, used, panel, o, ahead_of_chunk(panel, depth, columns, 0, 1));
+        multiply(row, 1, 0, used, panel, o, ahead.of(panel, depth, 0));
       }
       for (int64_t tile = 0; tile < count; ++tile)
         for (int64_t j = 0; j < columns; j += width)

@@ -32,6 +32,14 @@ static inline void store_tile(vec (&sum)[rows][vectors], const TileOutput& o) {
   }
 }
 
+// What row `i` will replace, and the residual: a store waits for its line, and asking for all rows at once would hold
+// up the panel. 1x1 convolutions took 0.96-0.97 of the time without at batch 8 (2 Cascade Lake cores).
+template <typename Out>
+static inline void prefetch_output(const TileOutput& o, int64_t i) {
+  prefetch(static_cast<const Out*>(o.out) + i * o.out_stride, o.columns);
+  if (o.residual) prefetch(static_cast<const Out*>(o.residual) + i * o.out_stride, o.columns);
+}
+
 template <int rows, int vectors, typename In, typename Out>
 static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps, int64_t offset, int64_t depth,
                                               const In* panel, const TileOutput& o, Ahead ahead) {
@@ -55,14 +63,19 @@ static __attribute__((flatten)) void sum_tile(const In* const* row, int64_t taps
       });
       panel += step_size;
     };
-    // Two steps a pass: of the time of one, 0.99 in convolutions, 0.96 where another hyperthread keeps the core busy (2
-    // Cascade Lake cores, 1x1 at batch 1 and 8; the loop alone).
-    for (; k + 2 * step <= depth; k += 2 * step) {
-      __builtin_prefetch(ahead.at);
-      __builtin_prefetch(ahead.at + ahead.step);
-      ahead.at += 2 * ahead.step;
-      multiply_step(k);
-      multiply_step(k + step);
+    const bool fetch = t == 0 && !o.in_cache;
+    for (int part = fetch ? 0 : rows - 1; part < rows; ++part) {
+      if (fetch) prefetch_output<Out>(o, part);
+      const int64_t end = depth * (part + 1) / rows;
+      // Two steps a pass: of the time of one, 0.99 in convolutions, 0.96 where another hyperthread keeps the core busy
+      // (2 Cascade Lake cores, 1x1 at batch 1 and 8; the loop alone).
+      for (; k + 2 * step <= end; k += 2 * step) {
+        __builtin_prefetch(ahead.at);
+        __builtin_prefetch(ahead.at + ahead.step);
+        ahead.at += 2 * ahead.step;
+        multiply_step(k);
+        multiply_step(k + step);
+      }
     }
     if (k + step <= depth) {
       multiply_step(k);
