@@ -17,17 +17,36 @@ struct Products {};
 
 // How the work is shared. Either each thread takes blocks of tiles through all panels of filters and reads the weight
 // for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
-// once. Blocks are faster as long as least_tiles of them fit into the L2 cache with the products, GFLOP/s of blocks and
-// of sharing at batch 8: 372 and 334 for 128 channels, 355 and 407 for 256 (2 Zen 3 cores, 512 KiB of L2 cache), 1800
-// and 1600 for 256 (2 Zen 5 cores, 1 MiB).
-constexpr int64_t least_tiles = 12, most_tiles = 96;
+// once. Blocks are faster as long as so many tiles of them fit into the L2 cache with the products. GFLOP/s of blocks
+// and of sharing at batch 8: 372 and 334 for 128 channels, 355 and 407 for 256 (2 Zen 3 cores, 512 KiB of L2 cache),
+// 1800 and 1600 for 256 (2 Zen 5 cores, 1 MiB); 377 and 349 for 128, 299 and 358 for 256 (2 Cascade Lake cores, 1 MiB),
+// whose L3 cache gives a core less than the weight takes with blocks of 12 tiles.
+constexpr int64_t most_tiles = 96;
+
+int64_t least_tiles() {
+#if defined(__x86_64__)
+  static const bool is_amd = __builtin_cpu_is("amd");
+  return is_amd ? 12 : 16;
+#else
+  return 12;
+#endif
+}
 
 // Tiles of a block, of which each thread gets as many; 0: the threads share.
 int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
-  if (least_tiles * tile_bytes > l2_bytes() * 5 / 8 || tiles < least_tiles * threads) return 0;
-  const int64_t most = std::clamp(l2_bytes() * 7 / 16 / tile_bytes, least_tiles, most_tiles);
+  const int64_t least = least_tiles();
+  if (least * tile_bytes > l2_bytes() * 5 / 8) return 0;
+  const int64_t most = std::clamp(l2_bytes() * 7 / 16 / tile_bytes, least, most_tiles);
   const int64_t rounds = (tiles + most * threads - 1) / (most * threads);
-  return (tiles + rounds * threads - 1) / (rounds * threads);
+  const int64_t block = (tiles + rounds * threads - 1) / (rounds * threads);
+  return block < least ? 0 : block;
+}
+
+// Passes in which the threads share all tiles: the products of one, 36 or 49 panels, stay in the L2 cache. With 96
+// tiles in a pass 256 channels at 14x14 took 1.1 times as long as with 48 (2 Cascade Lake cores, batch 8 to 32).
+int64_t passes_of(int64_t tiles, int64_t product_bytes) {
+  const int64_t most = std::clamp(l2_bytes() * 5 / 8 / product_bytes, least_tiles(), most_tiles);
+  return (tiles + most - 1) / most;
 }
 
 // Panels of filters: [padded / panel][(m + 2)^2][C / step][panel][step], where a step is one value or, in bfloat16,
@@ -140,15 +159,17 @@ bool run_conv_winograd(const Conv& conv, int64_t m) {
     });
     return finite.load();
   }
-  for (int64_t begin = 0; begin < tiles; begin += most_tiles) {
-    const int64_t count = std::min(tiles - begin, most_tiles), stride = run.winograd_input_stride(s, count);
+  const int64_t passes = passes_of(tiles, products_bytes(1));
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t begin = tiles * pass / passes, count = tiles * (pass + 1) / passes - begin;
+    const int64_t stride = run.winograd_input_stride(s, count);
     const Scratch<Transformed> scratch(stride * size * size * value_bytes);
     char* transformed = static_cast<char*>(scratch.bytes());
     const int64_t row_bytes = row_length * value_bytes;
     for_each_item(count, 8 * count * size * size * s.c, [&](int64_t i) {
       run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_bytes, stride);
     });
-    const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles));
+    const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles()));
     for_each_item(panels * splits, work, [&](int64_t item) {
       const int64_t split = item % splits, first = count * split / splits, last = count * (split + 1) / splits;
       panel_of(transformed + first * row_bytes, stride, begin + first, begin + last, item / splits * panel);
