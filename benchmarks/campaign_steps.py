@@ -51,13 +51,11 @@ def doctor(campaign, args: argparse.Namespace) -> None:
 
 
 def test_files(args: argparse.Namespace) -> dict[str, int]:
-    """Files with tests marked gpu and how many of them, the fewest first; files that were asked for are not counted."""
-    if args.tests:
-        return dict.fromkeys(args.tests, 0)
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", "tests"]
+    """Files with tests marked gpu, or those that were asked for, and how many of them, the fewest first."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *(args.tests or ["tests"])]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
     counts = Counter(re.findall(r"^(tests/[\w/]+\.py)::", found, re.MULTILINE))
-    return dict(sorted(counts.items(), key=lambda item: item[1]))
+    return dict(sorted(((file, counts[file]) for file in args.tests or counts), key=lambda item: item[1]))
 
 
 def _run_tests(campaign, file: str, wrapper: list[str], *arguments: str, processes: int = 1) -> dict:

@@ -278,11 +278,15 @@ def test_bench_updates_a_file(capsys, tmp_path):
     assert found["cells"][0]["commit"] == found["environment"]["commit"]
     other = found["cells"][0] | {"model": "resnet50", "commit": "of before"}
     stale = found["cells"][0] | {"commit": "of before", "peers": {}}
-    path.write_text(json.dumps(found | {"cells": [stale, other]}))
+    ceilings = found["ceilings"] | {"flops": {"float32": 1e20, "float16": 1.0}, "bandwidth": 1.0}
+    path.write_text(json.dumps(found | {"ceilings": ceilings, "cells": [stale, other]}))
     assert run(capsys, *quick, "--update")[0] == 0
-    first, second = json.loads(path.read_text())["cells"]
+    updated = json.loads(path.read_text())
+    first, second = updated["cells"]
     assert first["peers"] and first["commit"] == found["environment"]["commit"]
     assert second == other
+    assert updated["ceilings"]["flops"]["float32"] == 1e20 and updated["ceilings"]["flops"]["float16"] > 1.0
+    assert updated["ceilings"]["bandwidth"] > 1.0
     path.write_text(json.dumps(found | {"environment": found["environment"] | {"torch": "1.0"}}))
     code, _, err = run(capsys, *quick, "--update")
     assert code != 0 and "measured elsewhere (torch: 1.0 then" in err

@@ -19,14 +19,15 @@ struct Products {};
 // for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
 // once. Blocks are faster as long as so many tiles of them fit into the L2 cache with the products. GFLOP/s of blocks
 // and of sharing at batch 8: 372 and 334 for 128 channels, 355 and 407 for 256 (2 Zen 3 cores, 512 KiB of L2 cache),
-// 1800 and 1600 for 256 (2 Zen 5 cores, 1 MiB); 377 and 349 for 128, 299 and 358 for 256 (2 Cascade Lake cores, 1 MiB),
-// whose L3 cache gives a core less than the weight takes with blocks of 12 tiles.
+// 1800 and 1600 for 256 (2 Zen 5 cores, 1 MiB); 377 and 349 for 128, 299 and 358 for 256 (2 Cascade Lake cores, 1 MiB).
 constexpr int64_t most_tiles = 96;
 
+// For 256 channels at 14x14 blocks are of 12 tiles with an L2 cache of 1 MiB: faster on Zen 5, slower on Cascade Lake.
+// Other Intel CPUs were not measured.
 int64_t least_tiles() {
 #if defined(__x86_64__)
-  static const bool is_amd = __builtin_cpu_is("amd");
-  return is_amd ? 12 : 16;
+  static const int64_t tiles = __builtin_cpu_is("intel") ? 16 : 12;
+  return tiles;
 #else
   return 12;
 #endif
@@ -42,9 +43,9 @@ int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
   return block < least ? 0 : block;
 }
 
-// Passes in which the threads share all tiles: the products of one, 36 or 49 panels, stay in the L2 cache. With 96
-// tiles in a pass 256 channels at 14x14 took 1.1 times as long as with 48 (2 Cascade Lake cores, batch 8 to 32).
-int64_t passes_of(int64_t tiles, int64_t product_bytes) {
+// Passes in which the threads share all tiles: a panel's products in one pass stay in the L2 cache. With 96 tiles in a
+// pass 256 channels at 14x14 took 1.1 times as long as with 48 (2 Cascade Lake cores, batch 8 to 32).
+int64_t passes_of(int64_t tiles, int64_t product_bytes) {  // bytes of one tile's products
   const int64_t most = std::clamp(l2_bytes() * 5 / 8 / product_bytes, least_tiles(), most_tiles);
   return (tiles + most - 1) / most;
 }

@@ -73,10 +73,18 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def updated(old: dict, new: dict) -> dict:
-    """``new`` with the cells that only ``old`` has, in their old order; what it has anew stands where it stood."""
+    """``new`` with the cells that only ``old`` has, in their old order; what it has anew stands where it stood.
+
+    Of the ceilings the higher ones stay: the machine is the same, and a slow moment measures less than it can.
+    """
     fresh = {_key(cell): cell for cell in new["cells"]}
     kept = [fresh.pop(_key(cell), {"commit": old["environment"].get("commit")} | cell) for cell in old["cells"]]
-    return new | {"cells": [*kept, *fresh.values()]}
+    return new | {"ceilings": _highest(old["ceilings"], new["ceilings"]), "cells": [*kept, *fresh.values()]}
+
+
+def _highest(old: dict, new: dict) -> dict:
+    flops = {dtype: max(rate, old["flops"].get(dtype, 0)) for dtype, rate in new["flops"].items()}
+    return new | {"flops": flops, "bandwidth": max(old["bandwidth"], new["bandwidth"])}
 
 
 def rows(old: dict, new: dict) -> list[tuple[str, ...]]:

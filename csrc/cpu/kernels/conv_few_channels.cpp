@@ -31,7 +31,7 @@ static void conv_row_of(const ConvRow& row) {
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t pixel = tiles.first_row(tile), rows = tiles.rows_of(tile);
         Out* out = static_cast<Out*>(row.output) + pixel * row.filters + filter;
-        const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu, false};
+        const TileOutput o{row.bias + filter, 0, out, nullptr, row.filters, columns, row.relu};
         gemm_tile<In, Out>(rows, vectors)(at, row.taps, pixel * row.pixel_step, row.depth, panel, o,
                                           ahead_in_panel(panel, vectors));
       }

@@ -101,8 +101,7 @@ template <typename Out, typename In>
 static inline TileOutput output_of(const Block<In>& b, int64_t pixel, int64_t filter, int64_t columns) {
   const int64_t k = b.conv.shape.k, at = (b.begin + pixel) * k + b.first + filter, left = b.filters - filter;
   const Out* residual = b.conv.residual ? static_cast<const Out*>(b.conv.residual) + at : nullptr;
-  return {nullptr,     0,    static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns,
-          b.conv.relu, false};
+  return {nullptr, 0, static_cast<Out*>(b.conv.output) + at, residual, k, left < columns ? left : columns, b.conv.relu};
 }
 
 // What tile `tile` reads of kernel positions [tap, tap + taps) and channels [k, k + depth).

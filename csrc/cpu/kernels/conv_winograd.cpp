@@ -18,6 +18,7 @@ static inline Place place_of(const ConvShape& s, int64_t tile) {
   return {tile / (across * down), tile / across % down * m, tile % across * m};
 }
 
+// Without the divisions of place_of.
 template <int m>
 static inline Place next(const ConvShape& s, Place at) {
   at.x += m;

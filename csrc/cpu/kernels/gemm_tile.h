@@ -24,8 +24,9 @@ constexpr int64_t gemm_steps = 256, winograd_steps = 256;
 #endif
 
 // Rows split into tiles as evenly as can be, since tiles of few rows wait for the sums' latency. One division for all
-// of them: it takes 40 to 90 cycles on Intel before Ice Lake, a tile of 64 steps 770. With up to five of them for each
-// tile 64 to 256 channels at 56x56 took 1.1 times as long, whole ResNets 1.01-1.04 times (2 Cascade Lake cores).
+// of them: on Intel before Ice Lake it takes 40 to 90 cycles (Fog's instruction tables), a tile of 64 steps 770. With
+// up to five divisions a tile, and outputs that were not fetched ahead, 1x1 convolutions took 1.03 times as long at
+// batch 1 and 1.06 times at batch 8 (2 Cascade Lake cores).
 struct Tiles {
   int64_t rows, count, least, longer;  // the first `longer` tiles have a row more than `least`
   explicit Tiles(int64_t rows)
@@ -46,7 +47,7 @@ struct TileOutput {
   int64_t out_stride;    // from row to row of both
   int64_t columns;       // filters that exist; those behind them are computed but not stored
   bool relu;
-  bool in_cache;  // both are, else each row is fetched as the sums proceed
+  bool in_cache = false;  // out and residual are; else each row of them is fetched as the sums proceed
 };
 
 // What a tile fetches into the caches while it computes: one address at each step of the depth.
