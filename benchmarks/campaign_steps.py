@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,8 +13,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +23,12 @@ import resnet_fast
 from resnet_fast.backends import triton_interpreted
 from resnet_fast.bench import cells, kernels, layers, limits, report
 from resnet_fast.bench.cells import DTYPES, Cell
-from resnet_fast.bench.layers import Layer
-from resnet_fast.bench.peers import OURS, Subject, peers
+from resnet_fast.bench.peers import OURS, Subject, graphed, peers
 from resnet_fast.bench.results import write_json
 from resnet_fast.measure import environment, interleaved, relative_rms
 
 ROOT = Path(__file__).resolve().parent.parent
-LATER_OPERATORS = (
-    "batch_norm_relu",
-    "conv_bn_relu_max_pool",
-    "conv_bn_relu_projection",
-    "max_pool",
-    "avg_pool_flatten",
-)
+LATER_OPERATORS = ("batch_norm_relu",)
 SANITIZED = ("tests/test_add_relu.py", "tests/test_conv_bn_relu_cuda.py")
 
 
@@ -76,7 +68,7 @@ def test(campaign, args: argparse.Namespace) -> None:
     for file, count in test_files(args).items():
         # Most of the time goes into Triton's compiler, so many tests run on all cores; few wait for the processes to
         # start: three tests on 12 of them took 86 s of an H100's virtual machine.
-        processes = min(12, os.cpu_count() or 1, count // 20)
+        processes = min(12, os.cpu_count() or 1, count // 10)
         campaign.row(f"pytest {file}", lambda f=file, n=processes: _run_tests(campaign, f, [], *marker, processes=n))
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
@@ -127,8 +119,14 @@ def run_peers(campaign, args: argparse.Namespace) -> None:
         campaign.row(str(cell), lambda cell=cell: measure(cell))
 
 
+def _graphed(call: Callable) -> Callable:
+    """The call as a CUDA graph, captured when it is first replayed."""
+    captured = cache(lambda: graphed(call))
+    return lambda: captured()()
+
+
 def model_calls(subject: Subject) -> dict[str, Callable]:
-    """Ways to run our model, by name: every backend, both layouts."""
+    """Ways to run our model, by name: every backend, both layouts; on a GPU channels_last as CUDA graphs too."""
     device, x = subject.images.device.type, subject.images
     calls = {}
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -138,6 +136,9 @@ def model_calls(subject: Subject) -> dict[str, Callable]:
         for backend in resnet_fast.backends().values():
             if device in backend.devices and not (backend.name == "triton" and triton_interpreted()):
                 calls[f"{name}, {backend.name}"] = kernels.forced(backend.name, calls[name])
+    if device == "cuda":
+        eager = [way for way in calls if way.startswith("channels_last") and not way.endswith("reference")]
+        calls |= {f"{way}, CUDA graph": _graphed(calls[way]) for way in eager}
     return calls
 
 
@@ -165,20 +166,43 @@ def run_models(campaign, args: argparse.Namespace) -> None:
 # kernels
 
 
+def _cases(args: argparse.Namespace) -> list[kernels.Case]:
+    """The convolutions of the models, each by itself and fused with what it can be, that --layers names."""
+    found = [*map(kernels.layer_case, kernels.distinct_layers(args.models)), *kernels.fused_cases(args.models)]
+    return [case for case in found if args.layers in str(case)]
+
+
+def _maps(args: argparse.Namespace) -> dict[str, Callable]:
+    """What measures the operators on maps alone, by name."""
+    pooled, averaged = kernels.pooled_maps(args.models)
+    operators = (
+        ("add_relu", kernels.time_add_relu, kernels.residual_maps(args.models)),
+        ("max_pool", kernels.time_max_pool, pooled),
+        ("avg_pool_flatten", kernels.time_avg_pool, averaged),
+    )
+    found = {f"{name} {c}@{size}": partial(time, c, size) for name, time, maps in operators for c, size in maps}
+    return {name: time for name, time in found.items() if args.layers in name}
+
+
+def _compile_in_triton(campaign, cases: list[kernels.Case], batch: int, dtype: torch.dtype) -> None:
+    """On all cores, so that no row waits for Triton's compiler."""
+    if "cuda" in resnet_fast.backends()["triton"].devices:
+        import campaign_tune
+
+        jobs = [(case, batch, dtype, "cuda") for case in cases]
+        campaign_tune.on_all_cores(campaign_tune.run_in_triton, jobs, campaign.seconds_left() / 2)
+
+
 def run_kernels(campaign, args: argparse.Namespace) -> None:
-    maps = [] if args.layers else kernels.residual_maps(args.models)
+    cases, maps = _cases(args), _maps(args)
     for name, batch in itertools.product(args.dtype, args.batch):
-        dtype = DTYPES[name]
-
-        def measure(timer: Callable, *subject, dtype=dtype, batch=batch, name=name) -> dict:
-            return {"dtype": name, "batch": batch} | timer(*subject, batch, dtype, args.device)
-
-        for channels, size in maps:
-            title = f"add_relu {channels}@{size} {name} batch {batch}"
-            campaign.row(title, lambda c=channels, s=size, m=measure: m(kernels.time_add_relu, c, s))
-        for layer in kernels.distinct_layers(args.models, args.layers):
-            title = f"{layer} {name} batch {batch}"
-            campaign.row(title, lambda la=layer, m=measure: m(kernels.time_layer, la))
+        at, facts = f"{name} batch {batch}", {"dtype": name, "batch": batch}
+        missing = [case for case in cases if not campaign.has(f"{case} {at}")]
+        if args.device == "cuda":
+            _compile_in_triton(campaign, missing, batch, DTYPES[name])
+        for title, time in (maps | {str(case): partial(kernels.time_case, case) for case in cases}).items():
+            measure = partial(time, batch, DTYPES[name], args.device)
+            campaign.row(f"{title} {at}", lambda facts=facts, measure=measure: facts | measure())
     for operator in LATER_OPERATORS:
         if not hasattr(torch.ops.resnet_fast, operator):
             campaign.absent(operator, "this package has no such operator yet")
@@ -186,83 +210,14 @@ def run_kernels(campaign, args: argparse.Namespace) -> None:
 
 # tune
 
-# Tiles worth trying for 16-bit operands: rows, columns, depth, warps, stages.
-TILES = [
-    (m, n, k, warps, stages)
-    for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8),
-                        (256, 128, 8), (64, 128, 4), (64, 256, 8))
-    for k, stages in ((32, 4), (64, 2), (64, 3), (64, 4), (128, 2))
-    if (m + n) * k * 2 * stages <= 200 * 1024
-]  # fmt: skip
-
-
-def _patched_tile(tile: tuple):
-    from resnet_fast.kernels import conv_bn_relu as module
-
-    table = {key: module.ConvConfig(*tile) for key in module.CONFIGS["default"]}
-    return mock.patch.dict(module.CONFIGS, {key: table for key in module.CONFIGS})
-
-
-def _tiled_call(work: kernels.Problem, tile: tuple) -> Callable:
-    call = kernels.forced("triton", lambda: resnet_fast.ops.conv_bn_relu(**work.tensors, **work.numbers))
-
-    def run():
-        with _patched_tile(tile):
-            return call()
-
-    return run
-
-
-@torch.no_grad()
-def _compile_tile(job: tuple) -> str | None:
-    """Runs a layer once on one image, so that its kernel lies in Triton's cache; in a process of its own."""
-    layer, dtype, device, tile = job
-    try:
-        _tiled_call(kernels.problem(layer, 1, dtype, device), tile)()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return None
-
-
-def _compile_all(found: list[Layer], dtype: torch.dtype, device: str) -> dict:
-    # One job a kernel: sizes are not specialised.
-    jobs = {(la.channels, la.filters, la.kernel, la.stride, la.residual, la.relu, tile): (la, dtype, device, tile)
-            for la in found for tile in TILES}  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-        failures = Counter(filter(None, pool.imap_unordered(_compile_tile, jobs.values())))
-    return {"kernels": len(jobs), "failures": dict(failures)}
-
-
-@torch.no_grad()
-def _tune_layer(layer: Layer, batch: int, name: str, device: str, tiles: list[tuple]) -> dict:
-    work = kernels.problem(layer, batch, DTYPES[name], device)
-    reference, calls, error = work.reference(), {}, {}
-    for tile in tiles:
-        title, call = ",".join(map(str, tile)), _tiled_call(work, tile)
-        try:
-            error[title] = relative_rms(call()[: kernels.CHECKED_IMAGES], reference)
-        except Exception as failure:  # too much shared memory on this architecture
-            error[title] = cells.one_line(failure)
-            continue
-        if error[title] < cells.tolerance(device, DTYPES[name]):
-            calls[title] = call
-    ms = kernels.milliseconds(calls, device)
-    return {"dtype": name, "batch": batch, "ms": dict(sorted(ms.items(), key=lambda x: x[1])), "error": error}
-
 
 def tune(campaign, args: argparse.Namespace) -> None:
     triton = resnet_fast.backends()["triton"]
     if args.device not in triton.devices:
         return campaign.absent("Triton tiles", triton.reason)
-    name, batch = args.dtype[0], args.batch[0]
-    found = [layer for layer in kernels.distinct_layers(args.models, args.layers) if layer.channels > 3]
-    tiles = TILES[:2] if triton_interpreted() else TILES
-    if not triton_interpreted():  # nothing to compile there
-        campaign.row(f"compiled {name}", lambda: _compile_all(found, DTYPES[name], args.device))
-    for layer in found:
-        campaign.row(f"{layer} {name} batch {batch}", lambda la=layer: _tune_layer(la, batch, name, args.device, tiles))
+    import campaign_tune  # it needs Triton
+
+    campaign_tune.tune(campaign, args)
 
 
 # train
@@ -320,9 +275,9 @@ def profile(campaign, args: argparse.Namespace) -> None:
         return campaign.absent("ncu", "not installed")
     if args.device != "cuda":
         return campaign.absent("ncu", "no CUDA device")
-    for layer in kernels.distinct_layers(args.models, args.layers):
-        job = [str(Path(__file__)), str(layer), str(args.batch[0]), args.dtype[0]]
-        log = campaign.out / f"ncu_{re.sub(r'[^0-9a-z]+', '_', str(layer))}.txt"
+    for case in _cases(args):
+        job = [str(Path(__file__)), str(case), str(args.batch[0]), args.dtype[0]]
+        log = campaign.out / f"ncu_{re.sub(r'[^0-9a-z]+', '_', str(case))}.txt"
 
         def measure(job=job, log=log) -> dict:
             command = [ncu, "--set", "basic", "--launch-skip", "8", "--launch-count", "6", "--log-file", str(log)]
@@ -330,16 +285,16 @@ def profile(campaign, args: argparse.Namespace) -> None:
             subprocess.run([*command, sys.executable, *job], check=True, capture_output=True, timeout=timeout)
             return {"summary": log.name}
 
-        campaign.row(f"ncu {layer}", measure)
+        campaign.row(f"ncu {case}", measure)
 
 
 @torch.no_grad()
 def _profiled(name: str, batch: int, dtype: str) -> None:
     """What ncu watches: our operator on one layer, a few times."""
-    layer = next(la for la in kernels.distinct_layers(list(layers.MODELS)) if str(la) == name)
-    work = kernels.problem(layer, batch, DTYPES[dtype], "cuda")
+    everything = argparse.Namespace(models=list(layers.MODELS), layers="")
+    work = next(case for case in _cases(everything) if str(case) == name)(batch, DTYPES[dtype], "cuda")
     for _ in range(4):
-        resnet_fast.ops.conv_bn_relu(**work.tensors, **work.numbers)
+        work.ours()
     torch.cuda.synchronize()
 
 
@@ -394,17 +349,17 @@ def plan(args: argparse.Namespace) -> int:
     """What would be done, step by step, without a device."""
     whole = [str(cell) for cell in _cells(args)]
     each = [f"{d} batch {b}" for d, b in itertools.product(args.dtype, args.batch)]
-    found = [str(layer) for layer in kernels.distinct_layers(args.models, args.layers)]
+    cases, maps = _cases(args), _maps(args)
     what = {
         "build": [args.wheel or "from source"],
         "doctor": ["environment", "backends", "ceilings"],
         "test": args.tests or ["every file with tests marked gpu", "compute-sanitizer"],
         "peers": [f"{cell}: {', '.join(peer.name for peer in _peers(args))}" for cell in whole],
-        "kernels": [f"{len(found)} layers and {len(kernels.residual_maps(args.models))} add_relu, {at}" for at in each],
+        "kernels": [f"{len(cases)} convolutions and {len(maps)} operators on maps, {at}" for at in each],
         "models": whole,
-        "tune": [f"{len(TILES)} tiles on {len(found)} layers, {each[0]}"],
+        "tune": [f"candidate tiles for the convolutions on each of their paths in Triton, {at}" for at in each],
         "train": whole,
-        "profile": [f"ncu on {len(found)} layers"],
+        "profile": [f"ncu on {len(cases)} convolutions"],
     }
     for step in args.steps:
         for text in what[step]:

@@ -54,7 +54,7 @@ class Campaign:
 
     def row(self, name: str, measure: Callable[[], dict]) -> None:
         """Measures a row, unless an earlier run has it or the step's time is used up. A failure is a row too."""
-        if any(r["step"] == self.step and r["name"] == name and "error_message" not in r for r in self.rows):
+        if self.has(name):
             return
         if self.seconds_left() <= 0:
             self.skipped += 1
@@ -64,14 +64,22 @@ class Campaign:
             figures = measure()
         except Exception as error:
             return self.fail(name, error)
-        self._add({"step": self.step, "name": name, **figures, "took_s": round(time.monotonic() - start, 2)})
+        self.put(name, {**figures, "took_s": round(time.monotonic() - start, 2)})
+
+    def has(self, name: str) -> bool:
+        """Whether this step has measured the row."""
+        return any(r["step"] == self.step and r["name"] == name and "error_message" not in r for r in self.rows)
+
+    def put(self, name: str, figures: dict) -> None:
+        """A row that is known; it replaces an earlier one."""
+        self._add({"step": self.step, "name": name, **figures})
 
     def fail(self, name: str, error: Exception) -> None:
-        self._add({"step": self.step, "name": name, "error_message": f"{type(error).__name__}: {error}"[:300]})
+        self.put(name, {"error_message": f"{type(error).__name__}: {error}"[:300]})
 
     def absent(self, name: str, why: str) -> None:
         """Names what this step cannot do here, so that nobody takes it for done."""
-        self._add({"step": self.step, "name": name, "absent": why})
+        self.put(name, {"absent": why})
 
     def _add(self, row: dict) -> None:
         print(line(row), flush=True)
@@ -94,7 +102,18 @@ def line(row: dict) -> str:
         return f"{head}absent: {row['absent']}"
     if "error_message" in row:
         return f"{head}FAILED: {row['error_message']}"
-    shown = ("ms", "img_s", "fraction_of_bound", "bound", "summary", "peak_gb", "flops", "bandwidth", "available")
+    shown = (
+        "ms",
+        "img_s",
+        "fraction_of_bound",
+        "bound",
+        "summary",
+        "peak_gb",
+        "flops",
+        "bandwidth",
+        "available",
+        "entry",
+    )
     return head + " ".join(f"{key}={_short(row[key])}" for key in shown if key in row)
 
 

@@ -55,6 +55,40 @@ Tensor conv_bn_relu_plain(const Tensor& input,                     // [N, C, H, 
   return apply_relu ? relu(out) : out;
 }
 
+Tensor conv_bn_relu_projection_plain(const Tensor& input,                              // [N, C, H, W]
+                                     const Tensor& weight,                             // [K, C / groups, R, S]
+                                     const std::optional<Tensor>& bias,                // [K]
+                                     const std::optional<Tensor>& bn_weight,           // [K]
+                                     const std::optional<Tensor>& bn_bias,             // [K]
+                                     const Tensor& running_mean,                       // [K]
+                                     const Tensor& running_var,                        // [K]
+                                     const Tensor& shortcut,                           // [N, D, I, J]
+                                     const Tensor& shortcut_weight,                    // [K, D / shortcut_groups, T, U]
+                                     const std::optional<Tensor>& shortcut_bias,       // [K]
+                                     const std::optional<Tensor>& shortcut_bn_weight,  // [K]
+                                     const std::optional<Tensor>& shortcut_bn_bias,    // [K]
+                                     const std::optional<Tensor>& shortcut_running_mean,  // [K]
+                                     const std::optional<Tensor>& shortcut_running_var,   // [K]
+                                     std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                     std::vector<int64_t> dilation, int64_t groups, double eps,
+                                     std::vector<int64_t> shortcut_stride, std::vector<int64_t> shortcut_padding,
+                                     std::vector<int64_t> shortcut_dilation, int64_t shortcut_groups,
+                                     double shortcut_eps) {
+  const bool has_batch_norm = shortcut_running_mean.has_value() && shortcut_running_var.has_value();
+  STD_TORCH_CHECK(has_batch_norm || !(shortcut_running_mean.has_value() || shortcut_running_var.has_value() ||
+                                      shortcut_bn_weight.has_value() || shortcut_bn_bias.has_value()),
+                  "conv_bn_relu_projection: the shortcut must have both running statistics or no BatchNorm at all");
+  const Tensor residual =
+      has_batch_norm
+          ? conv_bn_relu_plain(shortcut, shortcut_weight, shortcut_bias, shortcut_bn_weight, shortcut_bn_bias,
+                               *shortcut_running_mean, *shortcut_running_var, {}, shortcut_stride, shortcut_padding,
+                               shortcut_dilation, shortcut_groups, shortcut_eps, false)
+          : call("aten::conv2d", "", shortcut, shortcut_weight, shortcut_bias, shortcut_stride, shortcut_padding,
+                 shortcut_dilation, shortcut_groups);
+  return conv_bn_relu_plain(input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, stride,
+                            padding, dilation, groups, eps, true);
+}
+
 Tensor conv_bn_relu_max_pool_plain(const Tensor& input,                     // [N, C, H, W]
                                    const Tensor& weight,                    // [K, C / groups, R, S]
                                    const std::optional<Tensor>& bias,       // [K]
@@ -85,6 +119,15 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor running_mean, Tensor running_var, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
       "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding) -> Tensor");
+  // relu(batch_norm(conv2d(input, weight, bias)) + batch_norm(conv2d(shortcut, ...))): the end of a residual block with
+  // a projection shortcut; without the shortcut's running statistics its convolution alone
+  m.def(
+      "conv_bn_relu_projection(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor running_mean, Tensor running_var, Tensor shortcut, Tensor shortcut_weight, Tensor? shortcut_bias, "
+      "Tensor? shortcut_bn_weight, Tensor? shortcut_bn_bias, Tensor? shortcut_running_mean, "
+      "Tensor? shortcut_running_var, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
+      "int[2] shortcut_stride, int[2] shortcut_padding, int[2] shortcut_dilation, int shortcut_groups, "
+      "float shortcut_eps) -> Tensor");
   m.def(
       "max_pool(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
       "-> Tensor");
@@ -150,6 +193,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu_plain));
   m.impl("conv_bn_relu_max_pool", TORCH_BOX(&conv_bn_relu_max_pool_plain));
+  m.impl("conv_bn_relu_projection", TORCH_BOX(&conv_bn_relu_projection_plain));
   m.impl("max_pool", TORCH_BOX(&max_pool_plain));
   m.impl("avg_pool_flatten", TORCH_BOX(&avg_pool_flatten_plain));
   m.impl("add_relu", TORCH_BOX(&add_relu_plain));

@@ -30,7 +30,7 @@ else:
         _cuda_library_error = "built without CUDA kernels (no nvcc at install time)" if missing else str(error)
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool")
+_CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool", "conv_bn_relu_projection")
 _ON_THE_CPU = ("add_relu", "avg_pool_flatten", "max_pool")  # whether torch has oneDNN or not
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
 
@@ -106,7 +106,7 @@ def _cpu() -> Backend:
 
 
 def _triton() -> Backend:
-    operators = ("add_relu", "conv_bn_relu")
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", operators, (), "the package triton is not installed (CPU builds of torch lack it)")
     if triton_interpreted():
@@ -117,7 +117,7 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    operators = ("add_relu", "conv_bn_relu")
+    operators = ("add_relu", "conv_bn_relu", "conv_bn_relu_projection")
     if _cuda_library_error is not None:
         return Backend("cuda", operators, (), _cuda_library_error)
     if not torch.cuda.is_available():

@@ -87,19 +87,25 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
             return choice("cpu", "vectors of channels on maps in channels_last")
         if operator != "add_relu" and not library_enabled:
             return choice("reference", "torch.backends.mkldnn.enabled is False")
+        if operator == "conv_bn_relu_projection":
+            return choice("cpu", "two fused convolutions: one pass over the output of each")
         return choice("cpu", "fused: one pass over the output")
     if device == "cuda":
         works = [name for name in ("cuda", "triton") if "cuda" in backends()[name].devices]
         if operator == "add_relu" and works:
             return choice(works[0], "fused: 3 transfers an element instead of 5")
-        if operator == "conv_bn_relu" and not library_enabled:
+        if operator in ("conv_bn_relu", "conv_bn_relu_projection") and not library_enabled:
             return choice("reference", "torch.backends.cudnn.enabled is False")
         if operator == "conv_bn_relu" and "cuda" in works:
             return choice("cuda", "fused: one pass over the output")
+        if operator == "conv_bn_relu_projection" and "cuda" in works:
+            return choice("cuda", "two fused convolutions; both in one Triton kernel has not been measured yet")
         if operator in ("max_pool", "avg_pool_flatten"):
-            return choice("reference", "no kernel of our own")
+            return choice("reference", "the Triton kernel has not been measured yet")
         if operator == "conv_bn_relu_max_pool":
-            return choice("reference", "no kernel of our own: conv_bn_relu, then torch's max-pooling")
+            return choice(
+                "reference", "conv_bn_relu, then torch's max-pooling; the kernel of both was not measured yet"
+            )
         return choice("reference", backends()["cuda"].reason)
     return choice("reference", f"no kernels for {device} tensors")
 
@@ -117,7 +123,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
         in_float32 = "" if dtype == torch.float32 or in_bfloat16 else " in float32"
         return f"C++ {cpu_level()}{in_float32} (some groups: oneDNN)"
     if backend == "cuda":
-        return "cuDNN (large maps: Triton)" if operator == "conv_bn_relu" else "CUDA C++"
+        return "CUDA C++" if operator == "add_relu" else "cuDNN (large maps: Triton)"
     return "Triton"
 
 

@@ -96,6 +96,18 @@ assert torch.equal(torch.ops.resnet_fast.add_relu(x, x.flip(0)), torch.relu(x + 
 out = torch.ops.resnet_fast.conv_bn_relu_max_pool(x, w, None, *v, [1, 1], [1, 1], [1, 1], 1, 0.5, [3, 3], [2, 2], [1, 1])
 ref = torch.batch_norm(torch.conv2d(x, w, None, 1, 1), *v, False, 0.0, 0.5, False)
 assert torch.equal(out, torch.max_pool2d(torch.relu(ref), 3, 2, 1))
+last = [x, w, None, *v, x, w, v[0]]
+how = [[1, 1], [1, 1], [1, 1], 1, 0.5, [1, 1], [2, 2], [2, 2], 1, 0.25]
+ref, shortcut = torch.batch_norm(torch.conv2d(x, w, None, 1, 1), *v, False, 0.0, 0.5, False), torch.conv2d(x, w, v[0], 1, 2, 2)
+out = torch.ops.resnet_fast.conv_bn_relu_projection(*last, None, None, None, None, *how)
+assert torch.equal(out, torch.relu(ref + shortcut))
+out = torch.ops.resnet_fast.conv_bn_relu_projection(*last, *v, *how)
+assert torch.equal(out, torch.relu(ref + torch.batch_norm(shortcut, *v, False, 0.0, 0.25, False)))
+try:
+    torch.ops.resnet_fast.conv_bn_relu_projection(*last, None, None, v[2], None, *how)
+    raise AssertionError("one statistic alone was taken")
+except RuntimeError as error:
+    assert "both running statistics" in str(error)
 out = torch.ops.resnet_fast.max_pool(x, [2, 3], [2, 1], [1, 0], [1, 2], True)
 assert torch.equal(out, torch.max_pool2d(x, (2, 3), (2, 1), (1, 0), (1, 2), True))
 assert torch.equal(torch.ops.resnet_fast.avg_pool_flatten(x), x.mean((2, 3)))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkout import ROOT, copy_sources
@@ -36,7 +37,7 @@ def test_dry_run_names_every_step_and_writes_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert list(dict.fromkeys(line.split()[0] for line in result.stdout.splitlines()[:-1])) == STEPS
     assert "torch.compile max-autotune" in result.stdout and "tensorrt" in result.stdout
-    assert "34 layers and 8 add_relu, bfloat16 batch 256" in result.stdout
+    assert "42 convolutions and 11 operators on maps, bfloat16 batch 256" in result.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -58,6 +59,8 @@ def test_every_step_runs_on_the_cpu(campaign):
     layer = found["1x1 256->512 s2 @14 float32 batch 1"]
     assert {"torch", "ours", "ours, cpu"} <= set(layer["ms"]) and layer["error"]["ours"] < 1e-4
     assert layer["flops"] == pytest.approx(2 * 49 * 512 * 256, rel=1e-4) and 0 < layer["fraction_of_bound"] < 5
+    end = found["3x3 512->512 s1 @7+relu with projection 1x1 256->512 s2 @14 float32 batch 1"]
+    assert {"torch", "ours", "ours, cpu"} <= set(end["ms"]) and end["flops"] > layer["flops"]
     assert found["resnet18, batch 1, float32, channels_last, cpu"]["error"] < 1e-4
     assert found["resnet18, batch 1, float32, resnet_fast"]["loss"] >= 0  # one image is learnt at once
     for name in ("batch_norm_relu", "Triton tiles", "ncu", "compute-sanitizer"):
@@ -106,13 +109,107 @@ def test_a_failure_is_a_row_and_the_campaign_goes_on(tmp_path):
     assert "## Failed" in (tmp_path / "REPORT.md").read_text()
 
 
+def table_of(rows, name):
+    """{key: entry} of configs.py, as the row would have it pasted, and the row."""
+    from resnet_fast.kernels.configs import ConvConfig, StemConfig
+
+    (row,) = (row for row in rows if row["name"] == name)
+    return eval("{" + row["entry"] + "}", {"ConvConfig": ConvConfig, "StemConfig": StemConfig}), row
+
+
 def test_tune_runs_in_tritons_interpreter(tmp_path):
     pytest.importorskip("triton")
-    arguments = ["--out", str(tmp_path), "--steps", "tune", "--dtype", "float16", *SMALL]
-    result = run(*arguments, TRITON_INTERPRET="1")
+    layer = "1x1 64->64 s1 @56+relu, descriptors"
+    arguments = ["--out", str(tmp_path), "--steps", "tune", "--device", "cpu", "--models", "resnet50", "--batch", "1"]
+    result = run(*arguments, "--dtype", "float16", "--layers", layer, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    (row,) = rows(tmp_path)
-    assert len(row["ms"]) == 2 and all(error < 1e-2 for error in row["error"].values())
+    table, row = table_of(rows(tmp_path), f"{layer} float16 batch 1")
+    assert list(table) == [("16-bit", "pointwise")] and row["times"] == 1
+    assert len(row["candidates"]) == 3 and all(error < 1e-2 for error in row["error"].values())
+    best, of_all = table_of(rows(tmp_path), "interpreter, 16-bit, pointwise float16 batch 1")
+    assert best == table and of_all["subjects"] == 1 and of_all["ms"] == row["ms"]
+
+
+def test_tune_knows_every_path(tmp_path):
+    pytest.importorskip("triton")
+    result = run(str(tmp_path), script=ROOT / "tests" / "tiny_tuning.py", TRITON_INTERPRET="1", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = {row["name"].removesuffix(" float16 batch 1"): row for row in rows(tmp_path)}
+    expected = {
+        "3x3 3->8 s2 @12+relu": "stem",
+        "stem with max_pool": "stem with max-pooling",
+        "3x3 32->32 s1 @4+res+relu, descriptors": "few tiles + residual",
+        "3x3 32->32 s1 @4+res+relu, pointers": "elements + residual",
+        "last with projection, descriptors": "few tiles + projection",
+        "last with projection, pointers": "elements + projection",
+        "1x1 64->512 s1 @4+res+relu, descriptors": "pointwise + residual",
+        "1x1 64->512 s1 @4+res+relu, pointers": "pointers + residual",
+        "3x3 32->32 s1 @4 g4+relu, pointers": "elements",
+    }
+    assert {name: row["class"].split(", ")[-1] for name, row in found.items() if "times" in row} == expected
+    assert {name.split(", ")[-1] for name, row in found.items() if "subjects" in row} == set(expected.values())
+    for row in found.values():
+        (key,) = table_of([row], row["name"])[0]
+        assert key == tuple(row["class"].split(", ")[1:]) and row["ms"]["best"] <= row["ms"]["now"]
+        assert all(error < 1e-2 for error in row.get("error", {}).values())
+        assert len(row["candidates"]) == 3
+    three = found["3x3 32->32 s1 @4+res+relu, pointers"]["ms"]["now"]  # of a layer that the network has three times
+    assert found["interpreter, 16-bit, elements + residual"]["ms"]["now"] == pytest.approx(3 * three, rel=1e-3)
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """The module of the step "tune"."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import campaign_tune
+
+    return campaign_tune
+
+
+def test_candidates_begin_with_the_entry_and_fit_the_architecture(tuning):
+    from resnet_fast.kernels import configs
+
+    for target in configs.CONFIGS.keys() - {"interpreter", "default"}:
+        stems = configs.STEMS.get(target, configs.STEMS["default"])
+        for (product, name), config in [*configs.table_of(target).items(), *stems.items()]:
+            entry = tuning.Entry(target, product, name)
+            first, *others = found = tuning.candidates(entry)
+            assert first == entry.now == config and len(set(found)) == len(found) > 8
+            assert eval(tuning.written(first), vars(configs)) == first
+            if not entry.is_stem:
+                size = 2 if product == "16-bit" else 4
+                assert all(configs.why_not(c, size, configs.LIMITS[target]) is None for c in others)
+                assert all(c.programs == 1 or entry.has_descriptors for c in others)
+
+
+def test_an_entry_without_a_residual_stands_for_one_with_it(tuning):
+    entry = tuning.Entry("sm_90", "16-bit", "window + residual")
+    assert entry.now == entry.table["16-bit", "window"] and ("16-bit", "window + residual") not in entry.table
+    with entry.set_to(tuning.candidates(entry)[1]):
+        assert entry.now == tuning.candidates(entry)[0] != entry.table["16-bit", "window"]
+    assert ("16-bit", "window + residual") not in entry.table
+
+
+def test_the_best_candidates_of_all_are_compiled_first(tuning, monkeypatch):
+    """A budget that ends early has met the first candidates of every subject; what is refused is not timed."""
+    noted = SimpleNamespace(seconds_left=lambda: 60.0, put=lambda name, figures: put.update({name: figures}))
+    put, entries = {}, [tuning.Entry("sm_90", "16-bit", name) for name in ("pointwise", "stem")]
+    subjects = [tuning.Subject(SimpleNamespace(), entry.shape_class, 1, entry) for entry in entries]
+    monkeypatch.setattr(tuning.Subject, "__str__", lambda subject: subject.path)
+    monkeypatch.setattr(tuning, "on_all_cores", lambda function, jobs, seconds: [None, None, "2 registers spilled"])
+    tried, refused = tuning._compile(noted, subjects, 1, "bfloat16", "cuda")
+    (first, second), (stem, _) = (tuning.candidates(entry)[:2] for entry in entries)
+    assert tried == {"pointwise": [first], "stem": [stem]}
+    assert refused == {"pointwise": {tuning.written(second): "2 registers spilled"}}
+    summary = put["candidates bfloat16 batch 1"]["summary"]
+    assert (summary["compiled"], summary["refused"]) == (3, 1) and summary["left out"] > 20
+
+
+def test_work_on_all_cores_keeps_its_order_and_its_time(tuning):
+    assert tuning.on_all_cores(len, ["", "a", None], 60.0)[:2] == [0, 1]
+    assert tuning.on_all_cores(len, [], 60.0) == []
+    assert tuning.on_all_cores(len, ["a"], 0.0) in ([], [1])
 
 
 def test_build_from_a_wheel(tmp_path):

@@ -87,6 +87,28 @@ def add_relu_kernel(channels: int, size: int) -> Kernel:
     return Kernel("add_relu", "add_relu", 0.0, 3.0 * channels * size**2)
 
 
+def max_pool_kernel(channels: int, size: int) -> Kernel:
+    """ResNet's, which halves a map of an even size."""
+    return _pass("stem", "max_pool", 1.25 * channels * size**2)
+
+
+def avg_pool_kernel(channels: int, size: int) -> Kernel:
+    return _pass("head", "avg_pool", channels * size**2 + channels)
+
+
+def stem_kernel(first: Layer) -> Kernel:
+    """The stem with its max-pooling: the map between the two is never written."""
+    return Kernel("stem", "conv1+max_pool", flops(first), _read_maps(first) + _written(first) / 4, first.weights)
+
+
+def projection_kernel(block: Block) -> Kernel:
+    """The last convolution of a block with its projection shortcut, whose map is never written."""
+    last, shortcut = block.branch[-1], block.projection
+    maps = _read_maps(last) + _read_maps(shortcut) + _written(last)
+    name = f"{last.name}+{shortcut.name}"
+    return Kernel(block.name, name, flops(last) + flops(shortcut), maps, last.weights + shortcut.weights)
+
+
 # Inference
 
 
@@ -100,8 +122,7 @@ def _pass(block: str, name: str, maps: float) -> Kernel:
 
 
 def _stem_inference(first: Layer, pattern: str) -> list[Kernel]:
-    out, pooled = _written(first), _written(first) / 4
-    pool = _pass("stem", "max_pool", out + pooled)
+    out, pool = _written(first), max_pool_kernel(first.filters, first.out_size)
     if pattern == "eager":
         passes = [_pass("stem", "batch_norm", 2 * out), _pass("stem", "relu", 2 * out)]
         return [_convolution(first), *passes, pool]
@@ -109,7 +130,7 @@ def _stem_inference(first: Layer, pattern: str) -> list[Kernel]:
         return [_convolution(first), _pass("stem", "batch_norm_relu", 2 * out), pool]
     if pattern == "epilogue":
         return [layer_kernel(first), pool]
-    return [Kernel("stem", "conv1+max_pool", flops(first), _read_maps(first) + pooled, first.weights)]
+    return [stem_kernel(first)]
 
 
 def _eager_block(block: Block) -> list[Kernel]:
@@ -131,11 +152,7 @@ def _pointwise_block(block: Block) -> list[Kernel]:
 def _folded_block(block: Block) -> list[Kernel]:
     if block.projection is None:
         return [layer_kernel(layer) for layer in block.branch]
-    last, shortcut = block.branch[-1], block.projection
-    maps = _read_maps(last) + _read_maps(shortcut) + _written(last)
-    both = Kernel(block.name, f"{last.name}+{shortcut.name}", flops(last) + flops(shortcut), maps,
-                  last.weights + shortcut.weights)  # fmt: skip
-    return [layer_kernel(layer) for layer in block.branch[:-1]] + [both]
+    return [layer_kernel(layer) for layer in block.branch[:-1]] + [projection_kernel(block)]
 
 
 def _input(block: Block) -> float:
@@ -168,7 +185,7 @@ def _chained(found: list[Block]) -> list[Kernel]:
 
 def _head_inference(channels: int, size: int) -> list[Kernel]:
     return [
-        _pass("head", "avg_pool", channels * size**2 + channels),
+        avg_pool_kernel(channels, size),
         Kernel("head", "fc", 2.0 * channels * CLASSES, channels + CLASSES, channels * CLASSES),
     ]
 

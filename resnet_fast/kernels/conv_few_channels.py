@@ -1,14 +1,14 @@
-"""conv_bn_relu in Triton for up to 4 input channels, such as the 7x7 stem on RGB images.
+"""The convolution for up to 4 input channels, such as the 7x7 stem on RGB images, and the max-pooling behind it.
 
-The implicit GEMM of conv_bn_relu.py reads such a map element by element, with a mask and a division each. Here a first
+The implicit GEMM of conv_pointers.py reads such a map element by element, with a mask and a division each. Here a first
 kernel copies it into [N, PH, PW, CP] with the padding written out as zeros and the channels filled up to CP, a power of
 two. Then the window of an output pixel is, in each kernel row, one run of TAPS * CP elements at a fixed distance from
-the next pixel's: the second kernel loads them in vectors; only the taps that are filled up need a mask.
+the next pixel's: a tensor of windows that overlap, which the other kernels load in vectors, or in boxes through a
+descriptor. Only the taps that are filled up need a mask; to a descriptor they lie outside of the tensor.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import triton_interpreted
 from . import shared
-from .shared import batch_norm_store, rounded_to_tf32
+from .configs import StemConfig, has_descriptors, stem_config_for
+from .descriptors import ALIGNMENT, descriptor
+from .shared import Conv, batch_norm, batch_norm_vectors, relu, residual_relu_store, rounded_to_tf32
 
 _LEAST_DEPTH = 16  # tl.dot's smallest
 _MOST_DEPTH = 128  # of one kernel row
 _PIXELS = 256  # of a program of the first kernel
-
-
-@dataclass(frozen=True)
-class FewChannelsConfig:
-    """Rows (output pixels) and at most how many columns (filters) of a program, and how a GPU runs it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# By bytes of an element. For 2 measured on an H100, before WINDOW's mask: 0.55 ms for the 7x7 stem on 256 images, 0.61
-# with 128 rows.
-CONFIGS = {2: FewChannelsConfig(256, 64, 4, 4), 4: FewChannelsConfig(128, 64, 4, 3)}
-_INTERPRETER_CONFIG = FewChannelsConfig(256, 128, 1, 1)
 
 
 # The first `image_blocks` programs copy pixels, the others filter rows (one k and r each).
@@ -131,10 +116,118 @@ def conv_few_channels_kernel(
         if PRECISION == "tf32":
             x, y = rounded_to_tf32(x), rounded_to_tf32(y)
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    batch_norm_store(
-        acc, offs_m, row_ok, columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, residual, out,
-        K, eps, RELU,
-    )  # fmt: skip
+    acc = batch_norm(acc, columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    residual_relu_store(acc, offs_m, row_ok, columns, column_ok, residual, out, K, RELU)
+
+
+@triton.jit
+def windows_of(
+    padded,  # [N, PH, PW, CP], or its descriptor [N * PH, 2, Q / 2, WINDOW]: output columns by parity
+    line,  # of `padded`, counted over all images
+    q,  # the first of BLOCK_Q output columns, 2 apart
+    Q,
+    line_size,  # PW * CP
+    STEP_W: tl.constexpr, DEPTH: tl.constexpr, WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """What one kernel row meets, [BLOCK_Q, DEPTH]; zeros where there is no output column."""
+    if DESCRIPTORS:
+        x = tl.reshape(padded.load([line, q & 1, q >> 1, 0]), (BLOCK_Q, DEPTH))
+    else:
+        columns = q + 2 * tl.arange(0, BLOCK_Q)
+        depth = tl.arange(0, DEPTH)
+        ok = ((columns >= 0) & (columns < Q))[:, None] & (depth < WINDOW)[None, :]
+        x = tl.load(padded + line * line_size + columns[:, None] * STEP_W + depth[None, :], mask=ok, other=0.0)
+    return x
+
+
+@triton.jit
+def normalized(acc, mean, scale, shift, q, Q, BLOCK_Q: tl.constexpr):
+    """relu(batch_norm(acc)), and 0, which no maximum of such values notices, where there is no output column."""
+    columns = q + 2 * tl.arange(0, BLOCK_Q)
+    value = relu((acc - mean[None, :]) * scale[None, :] + shift[None, :])
+    return tl.where(((columns >= 0) & (columns < Q))[:, None], value, 0.0)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+# A program makes `strip` rows of the pooled map from top to bottom and computes every row of the convolution between
+# them once: what a pooled row shares with the next one it keeps. Of the columns it computes every second one twice.
+@triton.jit(do_not_specialize=["P", "Q", "pooled_P", "pooled_Q", "PH", "strip", "strips"])
+def conv_few_channels_max_pool_kernel(
+    padded,  # [N, PH, PW, CP], or its descriptor [N * PH, 2, Q / 2, WINDOW]
+    packed,  # [K, R, TAPS, CP], or its descriptor [K, R * DEPTH]
+    bias, bn_weight, bn_bias,  # [K] or None
+    running_mean, running_var,  # [K]
+    out,  # [N, pooled_P, pooled_Q, K]
+    P, Q, pooled_P, pooled_Q,
+    PH,
+    line_size,  # PW * CP, which 16 divides; Triton must know it to load vectors
+    strip, strips,  # rows of the pooled map of a program; programs of an image's height
+    K,
+    eps: tl.float32,
+    R: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # stride, in lines of `padded` and in elements
+    DIL_H: tl.constexpr,
+    DEPTH: tl.constexpr,  # TAPS * CP
+    WINDOW: tl.constexpr,  # S * CP: elements of a kernel row that belong to the window
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    column_tiles = tl.cdiv(K, BLOCK_N)
+    q_tiles = tl.cdiv(pooled_Q, BLOCK_Q)
+    k0 = pid % column_tiles * BLOCK_N
+    q0 = pid // column_tiles % q_tiles * BLOCK_Q
+    p0 = pid // column_tiles // q_tiles % strips * strip
+    n = pid // column_tiles // q_tiles // strips
+    columns = k0 + tl.arange(0, BLOCK_N)
+    column_ok = columns < K
+    pixels = q0 + tl.arange(0, BLOCK_Q)
+    ok = (pixels < pooled_Q)[:, None] & column_ok[None, :]
+    mean, scale, shift = batch_norm_vectors(
+        columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, eps
+    )
+    depth = tl.arange(0, DEPTH)
+    filters = None
+    if not DESCRIPTORS:
+        filters = packed + tl.minimum(columns, K - 1)[None, :] * (R * DEPTH) + depth[:, None]
+
+    largest = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)  # of what belongs to the current pooled row
+    for i in range(0, 2 * tl.minimum(strip, pooled_P - p0) + 1):
+        row = 2 * p0 - 1 + i
+        # Above and below the map the nearest row counts twice, which changes no maximum.
+        line = n * PH + tl.minimum(tl.maximum(row, 0), P - 1) * STEP_H
+        left = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
+        middle = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
+        right = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
+        for r in range(0, R):
+            at = line + r * DIL_H
+            a = windows_of(padded, at, 2 * q0 - 1, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
+            b = windows_of(padded, at, 2 * q0, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
+            c = windows_of(padded, at, 2 * q0 + 1, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
+            if DESCRIPTORS:
+                y = packed.load([k0, r * DEPTH]).T
+            else:
+                y = tl.load(filters + r * DEPTH)
+            if PRECISION == "tf32":
+                a, b, c, y = rounded_to_tf32(a), rounded_to_tf32(b), rounded_to_tf32(c), rounded_to_tf32(y)
+            left = tl.dot(a, y, left, input_precision=PRECISION)
+            middle = tl.dot(b, y, middle, input_precision=PRECISION)
+            right = tl.dot(c, y, right, input_precision=PRECISION)
+        left = normalized(left, mean, scale, shift, 2 * q0 - 1, Q, BLOCK_Q)
+        middle = normalized(middle, mean, scale, shift, 2 * q0, Q, BLOCK_Q)
+        right = normalized(right, mean, scale, shift, 2 * q0 + 1, Q, BLOCK_Q)
+        of_row = maximum(maximum(left, middle), right)
+        largest = maximum(largest, of_row)
+        if i % 2 == 0:  # the last row of one pooled row, and the first of the next
+            if i > 0:
+                at = ((n * pooled_P + p0 + i // 2 - 1) * pooled_Q + pixels)[:, None] * K + columns[None, :]
+                tl.store(out + at, largest.to(out.dtype.element_ty), mask=ok)
+            largest = of_row
 
 
 @dataclass(frozen=True)
@@ -147,63 +240,113 @@ class _Layout:
     taps: int
 
     @staticmethod
-    def of(input: Tensor, weight: Tensor, out: Tensor, stride: list[int], dilation: list[int]) -> _Layout:
-        _, c, r, s = weight.shape
+    def of(conv: Conv, p: int, q: int) -> _Layout:
+        _, c, r, s = conv.weight.shape
         cp = triton.next_power_of_2(c)
         taps = triton.next_power_of_2(max(s, _LEAST_DEPTH // cp))
-        ph = (out.shape[2] - 1) * stride[0] + (r - 1) * dilation[0] + 1
-        pw = (out.shape[3] - 1) * stride[1] + taps
+        ph = (p - 1) * conv.stride[0] + (r - 1) * conv.dilation[0] + 1
+        # Windows of an even number of columns, which a descriptor sees in two halves.
+        pw = (2 * triton.cdiv(q, 2) - 1) * conv.stride[1] + taps
         # Lines of whole vectors.
         multiple = max(1, 16 // cp)
         return _Layout(ph, triton.cdiv(pw, multiple) * multiple, cp, taps)
 
+    @property
+    def line(self) -> int:
+        return self.pw * self.cp
 
-def takes(input: Tensor, weight: Tensor, out: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-    """Whether this file's kernels compute the convolution: few channels, neighbouring taps, 32-bit offsets."""
-    if weight.shape[1] > 4 or groups != 1 or dilation[1] != 1:
+
+def takes(conv: Conv, size: list[int]) -> bool:
+    """Whether this file's kernels compute the convolution, whose output has ``size`` [N, K, P, Q]: few channels,
+    neighbouring taps, 32-bit offsets, on tensor cores."""
+    few = conv.weight.shape[1] <= 4 and conv.groups == 1 and conv.dilation[1] == 1
+    if not few or shared.product_of(conv.input.dtype) == "ieee":
         return False
-    layout = _Layout.of(input, weight, out, stride, dilation)
-    padded = input.shape[0] * layout.ph * layout.pw * layout.cp
-    reach = max(shared.reach(input[0]), shared.reach(weight))
-    return layout.taps * layout.cp <= _MOST_DEPTH and max(padded, out.numel(), reach) <= shared.MOST_INT32
+    n, k, p, q = size
+    layout = _Layout.of(conv, p, q)
+    reach = max(shared.reach(conv.input[0]), shared.reach(conv.weight))
+    offsets = max(n * layout.ph * layout.line, n * k * p * q, reach)
+    return layout.taps * layout.cp <= _MOST_DEPTH and offsets <= shared.MOST_INT32
 
 
-def conv_few_channels_triton(
-    input: Tensor,  # [N, C, H, W], any strides
-    weight: Tensor,  # [K, C, R, S], any strides
-    vectors: list[Tensor | None],  # bias, bn_weight, bn_bias, running_mean, running_var, each [K] and contiguous
-    residual: Tensor | None,  # [N, K, P, Q], channels_last
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    eps: float,
-    relu: bool,
-    precision: str,  # tl.dot's input_precision
-    out: Tensor,  # [N, K, P, Q], channels_last, not empty
-) -> Tensor:
-    """Writes relu(batch_norm(conv2d(input, weight, bias)) + residual) into ``out``; where `takes` says so."""
-    n, k, p, q = out.shape
-    _, c, r, s = weight.shape
-    layout = _Layout.of(input, weight, out, stride, dilation)
-    pixels = n * layout.ph * layout.pw
-    padded = torch.empty(pixels * layout.cp, dtype=input.dtype, device=input.device)
-    packed = torch.empty(k * r * layout.taps * layout.cp, dtype=input.dtype, device=input.device)
+def _pad(conv: Conv, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """The padded map and the packed weight."""
+    x, weight = conv.input, conv.weight
+    k, c, r, s = weight.shape
+    pixels = x.shape[0] * layout.ph * layout.pw
+    padded = torch.empty(pixels * layout.cp, dtype=x.dtype, device=x.device)
+    packed = torch.empty(k * r * layout.taps * layout.cp, dtype=x.dtype, device=x.device)
     image_blocks = triton.cdiv(pixels, _PIXELS)
     rows = max(1, _PIXELS // layout.taps)
-    config = _INTERPRETER_CONFIG if triton_interpreted() else CONFIGS[input.element_size()]
-    block_n = max(16, min(config.block_n, triton.next_power_of_2(k)))
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-        pad_kernel[(image_blocks + triton.cdiv(k * r, rows),)](
-            input, weight, padded, packed,
-            pixels, *input.shape[2:], layout.ph, layout.pw, *input.stride(), *weight.stride(), *padding,
-            k * r, image_blocks,
-            C=c, CP=layout.cp, R=r, S=s, TAPS=layout.taps, PIXELS=_PIXELS, ROWS=rows, num_warps=4,
+    pad_kernel[(image_blocks + triton.cdiv(k * r, rows),)](
+        x, weight, padded, packed,
+        pixels, *x.shape[2:], layout.ph, layout.pw, *x.stride(), *weight.stride(), *conv.padding,
+        k * r, image_blocks,
+        C=c, CP=layout.cp, R=r, S=s, TAPS=layout.taps, PIXELS=_PIXELS, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return padded, packed
+
+
+def _how(conv: Conv, layout: _Layout, config: StemConfig) -> dict:
+    """What both kernels know when they are compiled."""
+    return dict(
+        R=conv.weight.shape[2], STEP_H=conv.stride[0], STEP_W=conv.stride[1] * layout.cp, DIL_H=conv.dilation[0],
+        DEPTH=layout.taps * layout.cp, WINDOW=conv.weight.shape[3] * layout.cp,
+        PRECISION=shared.precision_of(conv.input.dtype),
+        BLOCK_N=max(16, min(config.block_n, triton.next_power_of_2(conv.weight.shape[0]))),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def run(conv: Conv, residual: Tensor | None, relu: bool, out: Tensor) -> Tensor:
+    """relu(batch_norm(conv) + residual) into ``out`` [N, K, P, Q]; `takes` has said yes, and ``out`` and ``residual``
+    are channels_last."""
+    n, k, p, q = out.shape
+    layout = _Layout.of(conv, p, q)
+    config = stem_config_for(shared.target_of(out), shared.product_of(out.dtype), "stem")
+    how = _how(conv, layout, config)
+    with shared.on_device_of(out):
+        padded, packed = _pad(conv, layout)
+        conv_few_channels_kernel[(triton.cdiv(n * p * q, config.block_m) * triton.cdiv(k, how["BLOCK_N"]),)](
+            padded, packed, *conv.vectors, residual, out,
+            n * p * q, p, q, layout.ph * layout.line, layout.line, k, conv.eps,
+            RELU=relu, BLOCK_M=config.block_m, **how,
         )  # fmt: skip
-        conv_few_channels_kernel[(triton.cdiv(n * p * q, config.block_m) * triton.cdiv(k, block_n),)](
-            padded, packed, *vectors, residual, out,
-            n * p * q, p, q, layout.ph * layout.pw * layout.cp, layout.pw * layout.cp, k, eps,
-            R=r, STEP_H=stride[0], STEP_W=stride[1] * layout.cp, DIL_H=dilation[0], DEPTH=layout.taps * layout.cp,
-            WINDOW=s * layout.cp, RELU=relu, PRECISION=precision, BLOCK_M=config.block_m, BLOCK_N=block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    return out
+
+
+def takes_max_pool(conv: Conv, size: list[int], pool: list[list[int]]) -> bool:
+    """Whether `run_max_pool` computes it: `takes`, and ResNet's pooling."""
+    return pool == [[3, 3], [2, 2], [1, 1]] and takes(conv, size)
+
+
+def run_max_pool(conv: Conv, size: list[int], out: Tensor) -> Tensor:
+    """max_pool(relu(batch_norm(conv))) into ``out`` [N, K, pooled P, pooled Q], channels_last; ``size`` [N, K, P, Q] is
+    that of the map between the two, which is never written. `takes_max_pool` has said yes."""
+    n, k, p, q = size
+    pooled_p, pooled_q = out.shape[2:]
+    layout = _Layout.of(conv, p, q)
+    target = shared.target_of(out)
+    config = stem_config_for(target, shared.product_of(out.dtype), "stem with max-pooling")
+    how = _how(conv, layout, config)
+    block_q = max(config.block_m // 4, min(config.block_m, triton.next_power_of_2(pooled_q)))
+    across = n * triton.cdiv(pooled_q, block_q) * triton.cdiv(k, how["BLOCK_N"])
+    strip = min(config.strip, max(1, pooled_p * across // shared.multiprocessors_of(out)))
+    strips = triton.cdiv(pooled_p, strip)
+    descriptors = has_descriptors(target) and how["STEP_W"] * out.element_size() % ALIGNMENT == 0
+    with shared.on_device_of(out):
+        maps = padded, packed = _pad(conv, layout)
+        if descriptors:
+            rows = how["R"] * how["DEPTH"]
+            windows = (n * layout.ph, 2, triton.cdiv(q, 2), how["WINDOW"])
+            strides = (layout.line, how["STEP_W"], 2 * how["STEP_W"], 1)
+            maps = (
+                descriptor(padded, windows, strides, (1, 1, block_q, how["DEPTH"])),
+                descriptor(packed, (k, rows), (rows, 1), (how["BLOCK_N"], how["DEPTH"])),
+            )
+        conv_few_channels_max_pool_kernel[(across * strips,)](
+            *maps, *conv.vectors, out,
+            p, q, pooled_p, pooled_q, layout.ph, layout.line, strip, strips, k, conv.eps,
+            DESCRIPTORS=descriptors, BLOCK_Q=block_q, **how,
         )  # fmt: skip
     return out

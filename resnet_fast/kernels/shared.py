@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import triton_interpreted
+
 # Where a tensor has more elements than this, offsets are computed in 64 bits. Below 2^31 by more than the rows of a
 # tile, since the row numbers of the last tile run past the last row and must not wrap around.
 MOST_INT32 = 2**31 - 2**16
+
+
+class Conv(NamedTuple):
+    """A convolution and the BatchNorm behind it. ``vectors``: bias, bn_weight, bn_bias, running_mean, running_var, each
+    [K] and contiguous, or None where the BatchNorm has none; without running_mean there is no BatchNorm."""
+
+    input: Tensor  # [N, C, H, W], any strides
+    weight: Tensor  # [K, C / groups, R, S], any strides
+    vectors: list[Tensor | None]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    eps: float
+
+    @classmethod
+    def of(cls, input, weight, *rest) -> Conv:
+        """As the operators pass it on: input, weight, the five vectors, stride, padding, dilation, groups, eps."""
+        return cls(input, weight, [None if v is None else v.contiguous() for v in rest[:5]], *rest[5:])
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output sees one pixel of the input."""
+        return tuple(self.weight.shape[2:]) == (1, 1) and max(self.padding) == 0
 
 
 @triton.jit
@@ -24,38 +54,64 @@ def rounded_to_tf32(x):
 
 
 @triton.jit
-def batch_norm_store(
+def batch_norm_vectors(
+    columns, column_ok,  # [BLOCK_N]: filters, and which of them exist
+    bias, bn_weight, bn_bias,  # [filters] or None
+    running_mean, running_var,  # [filters], or both None: no BatchNorm
+    eps,
+):  # fmt: skip
+    """mean, scale and shift, [BLOCK_N] in float32 each: batch_norm(x + bias) = (x - mean) * scale + shift.
+
+    From BatchNorm's own tensors, in every call: there is nothing folded that could go stale. The correctly rounded root
+    and quotient are one per column.
+    """
+    mean = tl.zeros(columns.shape, dtype=tl.float32)
+    scale = mean + 1.0
+    shift = mean
+    if running_var is not None:
+        var = tl.load(running_var + columns, mask=column_ok, other=1.0).to(tl.float32)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        mean = tl.load(running_mean + columns, mask=column_ok, other=0.0).to(tl.float32)
+        if bn_weight is not None:
+            scale *= tl.load(bn_weight + columns, mask=column_ok, other=0.0).to(tl.float32)
+        if bn_bias is not None:
+            shift = tl.load(bn_bias + columns, mask=column_ok, other=0.0).to(tl.float32)
+    if bias is not None:
+        mean -= tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)
+    return mean, scale, shift
+
+
+@triton.jit
+def batch_norm(acc, columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, eps):
+    """batch_norm(acc + bias), [BLOCK_M, BLOCK_N] in float32; the other arguments are those of `batch_norm_vectors`."""
+    mean, scale, shift = batch_norm_vectors(
+        columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, eps
+    )
+    return (acc - mean[None, :]) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a plain maximum turns NaN into 0
+
+
+@triton.jit
+def residual_relu_store(
     acc,  # [BLOCK_M, BLOCK_N], float32
     rows, row_ok,  # [BLOCK_M]: output pixels, and which of them exist
     columns, column_ok,  # [BLOCK_N]: filters, likewise
-    bias, bn_weight, bn_bias,  # [filters] or None
-    running_mean, running_var,  # [filters]
     residual,  # [pixels, filters] or None
     out,  # [pixels, filters]
     filters,
-    eps,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """The end of every convolution: out = relu(batch_norm(acc + bias) + residual)."""
-    # BatchNorm in float32 from its own tensors, in every call: there is nothing folded that could go stale. The
-    # correctly rounded root and quotient are one per column, so they cost nothing.
-    var = tl.load(running_var + columns, mask=column_ok, other=1.0).to(tl.float32)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    if bn_weight is not None:
-        scale *= tl.load(bn_weight + columns, mask=column_ok, other=0.0).to(tl.float32)
-    mean = tl.load(running_mean + columns, mask=column_ok, other=0.0).to(tl.float32)
-    if bias is not None:
-        mean -= tl.load(bias + columns, mask=column_ok, other=0.0).to(tl.float32)
-    acc = (acc - mean[None, :]) * scale[None, :]
-    if bn_bias is not None:
-        acc += tl.load(bn_bias + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-
+    """out = relu(acc + residual)."""
     offsets = rows[:, None] * filters + columns[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
     if residual is not None:
         acc += tl.load(residual + offsets, mask=ok, other=0.0).to(tl.float32)
     if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a plain maximum turns NaN into 0
+        acc = relu(acc)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=ok)
 
 
@@ -77,3 +133,41 @@ def tf32_allowed() -> bool:
 def precision_of(dtype: torch.dtype) -> str:
     """tl.dot's input_precision. It matters for float32 only; "ieee" is what 16-bit products are anyway."""
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+
+
+def product_of(dtype: torch.dtype) -> str:
+    """The kind of product, as configs.py names it: "16-bit", "tf32" or "ieee"."""
+    return precision_of(dtype) if dtype == torch.float32 else "16-bit"
+
+
+@lru_cache
+def _architecture_of(device: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{10 * major + minor}"
+
+
+def target_of(t: Tensor) -> str:
+    """Where a kernel on ``t`` runs, as configs.py names it: "interpreter" or an architecture such as "sm_90"."""
+    if triton_interpreted():
+        return "interpreter"
+    if t.is_cuda:
+        return _architecture_of(t.device.index)
+    return f"sm_{triton.runtime.driver.active.get_current_target().arch}"  # compiled for a GPU that is not here
+
+
+@lru_cache
+def _multiprocessors_of(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors_of(t: Tensor) -> int:
+    """Those of the GPU that ``t`` is on. In the interpreter 3, so that programs take several tiles each; 132, an H100's,
+    where a kernel is compiled for a GPU that is not here."""
+    if t.is_cuda:
+        return _multiprocessors_of(t.device.index)
+    return 3 if triton_interpreted() else 132
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors' one."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

@@ -11,10 +11,10 @@ from torchvision.models import resnet as tv
 
 from .fused import (
     conv_bn,
+    conv_bn_shortcut,
     is_channels_last,
     is_plain_tensor,
     may_fuse_input,
-    shortcut,
     why_plain_conv_bn,
     why_plain_projection,
     why_plain_relu,
@@ -29,7 +29,7 @@ def _as_plain(forward: Callable) -> Callable:
 
 
 class BasicBlock(tv.BasicBlock):
-    """torchvision's BasicBlock: 3x3, 3x3, shortcut; two fused operators (and one for a projection) in eval mode."""
+    """torchvision's BasicBlock: 3x3, 3x3, shortcut; two fused operators in eval mode, the second with a projection."""
 
     # The last block of a model whose weights are not channels_last hands out a contiguous map, as torchvision's does,
     # so that `.view(n, -1)` behind it works.
@@ -54,12 +54,12 @@ class BasicBlock(tv.BasicBlock):
 
     def _fused(self, x: Tensor) -> Tensor:
         out = conv_bn(x, self.conv1, self.bn1)
-        out = conv_bn(out, self.conv2, self.bn2, residual=shortcut(x, self.downsample))
+        out = conv_bn_shortcut(out, self.conv2, self.bn2, x, self.downsample)
         return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
 
 
 class Bottleneck(tv.Bottleneck):
-    """torchvision's Bottleneck (V1.5, stride in the 3x3): three fused operators (and one for a projection) in eval."""
+    """torchvision's Bottleneck (V1.5, stride in the 3x3): three fused operators in eval, the last with a projection."""
 
     hands_out_contiguous = False  # see BasicBlock
     _plain = _as_plain(tv.Bottleneck.forward)
@@ -84,5 +84,5 @@ class Bottleneck(tv.Bottleneck):
     def _fused(self, x: Tensor) -> Tensor:
         out = conv_bn(x, self.conv1, self.bn1)
         out = conv_bn(out, self.conv2, self.bn2)
-        out = conv_bn(out, self.conv3, self.bn3, residual=shortcut(x, self.downsample))
+        out = conv_bn_shortcut(out, self.conv3, self.bn3, x, self.downsample)
         return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..choose import Choice
 from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
 from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
+from ..ops.conv_bn_relu_projection import kernel_for as kernel_for_projection
 from ..ops.weight_cache import CacheInfo, cache_info
 from .fused import choice_for, fused_backend
 
@@ -104,6 +105,10 @@ class _Convolutions(TorchDispatchMode):
         elif func is torch.ops.resnet_fast.conv_bn_relu_max_pool.default:
             size = conv_output_size(args[0], args[1], *conv_pairs(*args[7:10]))
             self._note(args[0], args[1], prod(size), *kernel_for_max_pool(*args))
+        elif func is torch.ops.resnet_fast.conv_bn_relu_projection.default:
+            last, projection = kernel_for_projection(*args)
+            self._note(args[7], args[8], out.numel(), *projection)
+            self._note(args[0], args[1], out.numel(), *last)
         elif func is torch.ops.aten.convolution.default:
             self._note(args[0], args[1], out.numel(), "torch", False)
         return out

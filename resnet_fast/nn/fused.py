@@ -35,19 +35,27 @@ def _is_frozen_batch_norm(bn: nn.Module) -> bool:
     return type(bn).__name__ == "FrozenBatchNorm2d" and type(bn).__module__ == "torchvision.ops.misc"
 
 
-def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
-    """Why convolution -> BatchNorm cannot be fused, judged by the modules alone, or None if it can."""
+def why_plain_conv(name: str, conv: nn.Module) -> str | None:
+    """Why a convolution must run as it is, judged by the module alone, or None if it need not."""
     if type(conv) is not nn.Conv2d:
-        return f"{conv_name} is {type(conv).__name__}, not Conv2d"
+        return f"{name} is {type(conv).__name__}, not Conv2d"
     if conv.padding_mode != "zeros":
-        return f"{conv_name} pads with {conv.padding_mode!r}, not zeros"
+        return f"{name} pads with {conv.padding_mode!r}, not zeros"
     if isinstance(conv.padding, str):
-        return f"{conv_name} has padding {conv.padding!r}, not numbers"
+        return f"{name} has padding {conv.padding!r}, not numbers"
     parameters = conv._parameters
     if "bias" not in parameters or "weight" not in parameters:
-        return f"{conv_name} keeps its weight or bias elsewhere than in its parameters"
+        return f"{name} keeps its weight or bias elsewhere than in its parameters"
     if not is_plain_tensor(parameters["weight"]):
-        return f"{conv_name}.weight is {type(parameters['weight']).__name__}"
+        return f"{name}.weight is {type(parameters['weight']).__name__}"
+    return altered(name, conv)
+
+
+def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+    """Why convolution -> BatchNorm cannot be fused, judged by the modules alone, or None if it can."""
+    why = why_plain_conv(conv_name, conv)
+    if why is not None:
+        return why
     if type(bn) is nn.BatchNorm2d:
         if bn._buffers.get("running_mean") is None or bn._buffers.get("running_var") is None:
             return f"{bn_name} has no running statistics"
@@ -60,7 +68,7 @@ def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Modu
         return f"{bn_name} is {type(bn).__name__}, not BatchNorm2d"
     if "weight" not in affine or "bias" not in affine:
         return f"{bn_name} keeps its weight or bias elsewhere than in its parameters"
-    return altered(conv_name, conv) or altered(bn_name, bn)
+    return altered(bn_name, bn)
 
 
 def why_plain_relu(name: str, relu: nn.Module) -> str | None:
@@ -183,35 +191,54 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
 
     `may_fuse_input` has said yes, so that conv_bn_relu need not ask again for torch.func transforms.
     """
-    args = (x, *_tensors(conv, bn), residual, conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps, relu)
+    args = (x, *_tensors(conv, bn), residual, *_geometry(conv, bn), relu)
     return dispatch(torch.ops.resnet_fast.conv_bn_relu.default, args, _is_typed(conv, bn))
 
 
 def conv_bn_max_pool(x: Tensor, conv: nn.Conv2d, bn: nn.Module, pool: nn.MaxPool2d) -> Tensor:
     """pool(relu(bn(conv(x)))) by one fused operator; x [N, C, H, W]. `may_max_pool` has said yes."""
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps)
-    args = (x, *_tensors(conv, bn), *geometry, pool.kernel_size, pool.stride, pool.padding)
+    args = (x, *_tensors(conv, bn), *_geometry(conv, bn), pool.kernel_size, pool.stride, pool.padding)
     return dispatch(torch.ops.resnet_fast.conv_bn_relu_max_pool.default, args, _is_typed(conv, bn))
 
 
-def _tensors(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor | None, ...]:
+def conv_bn_projection(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module, shortcut: Tensor, projection: nn.Conv2d, projection_bn: nn.Module | None
+) -> Tensor:
+    """relu(bn(conv(x)) + projection_bn(projection(shortcut))) by one fused operator; without projection_bn the
+    projection is a convolution alone. x [N, C, H, W], shortcut [N, D, I, J], result [N, K, P, Q]."""
+    tensors, typed = _tensors(conv, bn), _is_typed(conv, bn) and _is_typed(projection, projection_bn)
+    geometry = (*_geometry(conv, bn), *_geometry(projection, projection_bn))
+    args = (x, *tensors, shortcut, *_tensors(projection, projection_bn), *geometry)
+    return dispatch(torch.ops.resnet_fast.conv_bn_relu_projection.default, args, typed)
+
+
+def conv_bn_shortcut(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module, shortcut: Tensor, downsample: nn.Module | None
+) -> Tensor:
+    """relu(bn(conv(x)) + downsample(shortcut)), the end of a block, with whatever module stands in its shortcut, or
+    none. `why_plain_projection` has said that it may."""
+    if is_conv_bn(downsample):
+        return conv_bn_projection(x, conv, bn, shortcut, downsample[0], downsample[1])
+    return conv_bn(x, conv, bn, residual=shortcut if downsample is None else downsample(shortcut))
+
+
+def _tensors(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor | None, ...]:
+    own = conv._parameters
+    if bn is None:
+        return (own["weight"], own["bias"], None, None, None, None)
     affine = bn._parameters or bn._buffers  # FrozenBatchNorm2d's weight and bias are buffers
-    own, statistics = conv._parameters, bn._buffers
+    statistics = bn._buffers
     running = (statistics["running_mean"], statistics["running_var"])
     return (own["weight"], own["bias"], affine["weight"], affine["bias"], *running)
 
 
-def _is_typed(conv: nn.Conv2d, bn: nn.Module) -> bool:
-    return type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple and type(bn.eps) is float
+def _geometry(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
+    return (conv.stride, conv.padding, conv.dilation, conv.groups, 0.0 if bn is None else bn.eps)
 
 
-def shortcut(x: Tensor, projection: nn.Module | None) -> Tensor:
-    """The identity branch of a block: x itself, the fused projection, or whatever module stands there."""
-    if projection is None:
-        return x
-    if is_conv_bn(projection):
-        return conv_bn(x, projection[0], projection[1], relu=False)
-    return projection(x)
+def _is_typed(conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+    tuples = type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
+    return tuples and (bn is None or type(bn.eps) is float)
 
 
 def is_channels_last(conv: nn.Conv2d) -> bool:

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import conv_bn, is_plain_tensor, may_fuse_input, why_plain_conv_bn
+from .fused import conv_bn, conv_bn_projection, is_plain_tensor, may_fuse_input, why_plain_conv, why_plain_conv_bn
 
 
 class Residual(nn.Module):
     """The residual block as teaching code writes it: two 3x3 convolutions with bias, each with BatchNorm.
 
     relu(bn2(conv2(relu(bn1(conv1(X))))) + shortcut(X)), where the shortcut is X itself or a 1x1 convolution without
-    BatchNorm. Where BatchNorm is in eval mode each convolution runs as one fused operator; in training, or where
-    something else stands in the way (`resnet_fast.explain` says what), exactly torch's operators run.
+    BatchNorm. Where BatchNorm is in eval mode each 3x3 convolution runs as one fused operator, the second together with
+    the shortcut's; in training, or where something else stands in the way (`resnet_fast.explain` says what), exactly
+    torch's operators run.
 
     Args:
         input_channels: channels of the input.
@@ -59,8 +60,10 @@ class Residual(nn.Module):
         )
 
     def _fused(self, X: Tensor) -> Tensor:
-        Y = conv_bn(X, self.conv1, self.bn1)
-        return conv_bn(Y, self.conv2, self.bn2, residual=X if self.conv3 is None else self.conv3(X))
+        Y, conv3 = conv_bn(X, self.conv1, self.bn1), self.conv3
+        if conv3 is not None and why_plain_conv("conv3", conv3) is None:
+            return conv_bn_projection(Y, self.conv2, self.bn2, X, conv3, None)
+        return conv_bn(Y, self.conv2, self.bn2, residual=X if conv3 is None else conv3(X))
 
 
 def resnet_block(

@@ -37,8 +37,13 @@ _op_cpu = torch.ops.resnet_fast._avg_pool_flatten_cpu.default
 
 def _kernel(input: Tensor) -> Tensor:
     check_avg_pool_flatten(input)
-    if choose("avg_pool_flatten", "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu":
+    backend = choose("avg_pool_flatten", "cpu" if input.is_cpu else "cuda", input.dtype).backend
+    if backend == "cpu":
         return _op_cpu(input)
+    if backend == "triton":
+        from ..kernels.avg_pool_flatten import avg_pool_flatten_triton
+
+        return avg_pool_flatten_triton(input, input.new_empty(input.shape[:2]))
     return avg_pool_flatten_ref(input).contiguous()
 
 

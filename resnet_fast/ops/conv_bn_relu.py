@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +53,29 @@ def conv_bn_relu_ref(
     return torch.relu(out) if relu else out
 
 
-def _refuse(text: str) -> None:
-    raise RuntimeError(f"conv_bn_relu: {text}")
+class Names(NamedTuple):
+    """What an error calls the operator, the input of its convolution, and (as a prefix) all other arguments."""
+
+    operator: str = "conv_bn_relu"
+    input: str = "input"
+    prefix: str = ""
+
+    def refuse(self, text: str) -> None:
+        raise RuntimeError(f"{self.operator}: {text}")
 
 
-def conv_output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+_OWN_NAMES = Names()
+
+
+def conv_output_size(input: Tensor, weight: Tensor, stride, padding, dilation, names: Names = _OWN_NAMES) -> list[int]:
     """[N, K, P, Q]; raises RuntimeError where a kernel does not fit into the padded input."""
     size = [input.shape[0], weight.shape[0]]
     for d in (0, 1):
         extent = dilation[d] * (weight.shape[2 + d] - 1) + 1
         padded = input.shape[2 + d] + 2 * padding[d]
         if padded < extent:
-            _refuse(f"the dilated kernel ({extent}) must not be larger than the padded input ({padded}) in {'HW'[d]}")
+            where = f"the padded {names.input} ({padded}) in {'HW'[d]}"
+            names.refuse(f"the dilated kernel ({extent}) must not be larger than {where}")
         size.append((padded - extent) // stride[d] + 1)
     return size
 
@@ -74,42 +86,45 @@ def check_conv_args(
     bias: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     residual: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    names: Names = _OWN_NAMES,
 ) -> list[int]:
     """Checks everything that the kernels rely on; returns the output's size [N, K, P, Q].
 
-    Raises RuntimeError with the argument, the rule and what came. stride, padding and dilation must have 2 elements.
+    Raises RuntimeError with the argument, the rule and what came. stride, padding and dilation must have 2 elements;
+    the running statistics may be None where the caller has a use for a convolution alone.
     """
+    x, at, refuse = names.input, names.prefix, names.refuse
     if input.dim() != 4:
-        _refuse(f"input must have 4 dimensions [N, C, H, W], got shape {tuple(input.shape)}")
+        refuse(f"{x} must have 4 dimensions [N, C, H, W], got shape {tuple(input.shape)}")
     if weight.dim() != 4:
-        _refuse(f"weight must have 4 dimensions [K, C / groups, R, S], got shape {tuple(weight.shape)}")
+        refuse(f"{at}weight must have 4 dimensions [K, C / groups, R, S], got shape {tuple(weight.shape)}")
     if not input.is_floating_point():
-        _refuse(f"input must be floating point, got {input.dtype}")
+        refuse(f"{x} must be floating point, got {input.dtype}")
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if min(values) < least:
-            _refuse(f"{name} must be at least {least}, got {tuple(values)}")
+            refuse(f"{at}{name} must be at least {least}, got {tuple(values)}")
     filters = weight.shape[0]
     if groups < 1 or filters % groups != 0:
-        _refuse(f"groups must be positive and divide the {filters} filters, got {groups}")
+        refuse(f"{at}groups must be positive and divide the {filters} filters, got {groups}")
     if input.shape[1] != weight.shape[1] * groups:
-        _refuse(
-            f"input must have {weight.shape[1] * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
-            f"got shape {tuple(input.shape)}"
+        refuse(
+            f"{x} must have {weight.shape[1] * groups} channels ({at}weight {tuple(weight.shape)}, {at}groups "
+            f"{groups}), got shape {tuple(input.shape)}"
         )
     if 0 in weight.shape:
-        _refuse(f"weight must not be empty, got shape {tuple(weight.shape)}")
+        refuse(f"{at}weight must not be empty, got shape {tuple(weight.shape)}")
 
-    size = conv_output_size(input, weight, stride, padding, dilation)
+    size = conv_output_size(input, weight, stride, padding, dilation, names)
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and t.dtype != input.dtype:
-            _refuse(f"{name} must have input's dtype {input.dtype}, got {t.dtype}")
+            refuse(f"{at}{name} must have {x}'s dtype {input.dtype}, got {t.dtype}")
     vectors = (
         ("bias", bias),
         ("bn_weight", bn_weight),
@@ -121,19 +136,20 @@ def check_conv_args(
         if t is None:
             continue
         if t.dim() != 1 or t.shape[0] != filters:
-            _refuse(f"{name} must have shape ({filters},), one value per filter, got {tuple(t.shape)}")
+            refuse(f"{at}{name} must have shape ({filters},), one value per filter, got {tuple(t.shape)}")
         if not t.is_floating_point():
-            _refuse(f"{name} must be floating point, got {t.dtype}")
+            refuse(f"{at}{name} must be floating point, got {t.dtype}")
     if residual is not None and list(residual.shape) != size:
-        _refuse(f"residual must have the output's shape {tuple(size)}, got {tuple(residual.shape)}")
+        refuse(f"residual must have the output's shape {tuple(size)}, got {tuple(residual.shape)}")
     for name, t in (("weight", weight), ("residual", residual), *vectors):
         if t is not None and t.device != input.device:
-            _refuse(f"{name} must be on input's device {input.device}, got {t.device}")
+            refuse(f"{at}{name} must be on {x}'s device {input.device}, got {t.device}")
     return size
 
 
-def conv_pairs(stride, padding, dilation) -> list[list[int]]:
-    return [pair("conv_bn_relu", name, value) for name, value in zip(_PAIRS, (stride, padding, dilation), strict=True)]
+def conv_pairs(stride, padding, dilation, names: Names = _OWN_NAMES) -> list[list[int]]:
+    values = zip(_PAIRS, (stride, padding, dilation), strict=True)
+    return [pair(names.operator, names.prefix + name, value) for name, value in values]
 
 
 def _fake(

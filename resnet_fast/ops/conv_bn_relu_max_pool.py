@@ -80,7 +80,8 @@ def _kernel(
 ) -> Tensor:  # fmt: skip
     parameters = (weight, bias, bn_weight, bn_bias, running_mean, running_var)
     folded = packed = None
-    on_cpu = choose(_NAME, "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu"
+    backend = choose(_NAME, "cpu" if input.is_cpu else "cuda", input.dtype).backend
+    on_cpu = backend == "cpu"
     if on_cpu:  # what is packed has passed the checks
         folded = find_folded(input, parameters, stride, padding, dilation, groups, eps, has_residual=False)
         packed = None if folded is None else folded.packed.get(input.shape)
@@ -93,7 +94,14 @@ def _kernel(
             folded, packed = folded_and_packed(input, size, parameters, pairs, groups, eps, has_residual=False)
     else:
         size = packed.output_size
-    _pooled_size(size, pool)
+    pooled = _pooled_size(size, pool)
+    if backend == "triton" and 0 not in (*size, *pooled):
+        from ..kernels.conv_bn_relu import conv_bn_relu_max_pool_triton
+
+        out = empty_channels_last(input, pooled)
+        out = conv_bn_relu_max_pool_triton(input, *parameters, *pairs, groups, eps, pool, size, out)
+        if out is not None:
+            return out
     if packed is not None and packed.kernel.reads_images:
         out = folded.run_max_pool(packed, input, *pool)
         if out is None:

@@ -103,8 +103,14 @@ _op_cpu = torch.ops.resnet_fast._max_pool_cpu.default
 def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
     pairs = _pairs(kernel_size, stride, padding, dilation)
     size = check_max_pool(input, *pairs, ceil_mode)
-    if choose("max_pool", "cpu" if input.is_cpu else "cuda", input.dtype).backend == "cpu":
+    backend = choose("max_pool", "cpu" if input.is_cpu else "cuda", input.dtype).backend
+    if backend == "cpu":
         return _op_cpu(input, *pairs, size[2:])
+    if backend == "triton":
+        from ..kernels.max_pool import max_pool_triton
+
+        out = empty_channels_last(input, size)
+        return max_pool_triton(input, *pairs, out) if out.numel() else out
     return as_channels_last(max_pool_ref(input, *pairs, ceil_mode))
 
 

@@ -38,3 +38,11 @@ def triton_backend(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with resnet_fast.use_backend("triton"):
         yield
+
+
+@pytest.fixture
+def allow_tf32(monkeypatch):
+    """float32 convolutions in TF32, as torch does on a GPU unless told otherwise."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

@@ -11,6 +11,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def float_of(bits: np.ndarray) -> np.ndarray:
@@ -126,6 +127,15 @@ class _Memory:
             self.writer[i][offsets] = program
 
 
+def _tensors(arguments):
+    """Those of a launch; behind a descriptor lies the whole tensor that it was made of."""
+    for a in arguments:
+        if isinstance(a, TensorDescriptor):
+            a = a.base
+        if hasattr(a, "data_ptr"):
+            yield a
+
+
 def check_memory() -> None:
     """Every load and store of a kernel is checked from now on.
 
@@ -143,7 +153,7 @@ def check_memory() -> None:
     def init_arguments(self, arguments, keywords):
         nonlocal memory
         arguments, keywords = init(self, arguments, keywords)
-        memory = _Memory([a for a in (*arguments, *keywords.values()) if hasattr(a, "data_ptr")])
+        memory = _Memory(_tensors((*arguments, *keywords.values())))
         return arguments, keywords
 
     def poison(pointers: TensorHandle) -> TensorHandle:

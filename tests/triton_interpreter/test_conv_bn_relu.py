@@ -9,8 +9,7 @@ import torch
 from checks import UNIT_ROUNDOFF, assert_same_special_values
 from test_conv_bn_relu import CHANNELS, DTYPES, GEOMETRIES, TAILS, VECTORS, assert_right, in_double, problem
 
-from resnet_fast.kernels import conv_bn_relu as module
-from resnet_fast.kernels import shared
+from resnet_fast.kernels import configs, shared
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
@@ -67,7 +66,7 @@ def test_64_bit_offsets(geometry, monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("geometry", ("7x7 stem", "unequal", "odd groups", "72 channels", "many rows", "many filters"))
 def test_tiles_of_a_gpu(geometry, dtype, monkeypatch):
-    monkeypatch.setitem(module.CONFIGS, "interpreter", module.CONFIGS["default"])
+    monkeypatch.setitem(configs.CONFIGS, "interpreter", configs.CONFIGS["default"])
     assert_right(*problem(**{**GEOMETRIES, **DEEP}[geometry], residual=True, dtype=dtype))
 
 
