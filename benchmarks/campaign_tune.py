@@ -303,12 +303,17 @@ def refusal(job: Job) -> str | None:
 
 
 @torch.no_grad()
-def run_in_triton(job: tuple) -> None:
-    """Runs a convolution once in every way that Triton has for it: its kernels then lie in Triton's cache."""
+def run_in_triton(job: tuple) -> str | None:
+    """Runs a convolution once in every way that Triton has for it: its kernels then lie in Triton's cache. Why not, or
+    None."""
     case, batch, dtype, device = job
-    for way, call in kernels.calls_of(case(batch, dtype, device), device).items():
-        if "triton" in way:
-            call()
+    try:
+        for way, call in kernels.calls_of(case(batch, dtype, device), device).items():
+            if "triton" in way:
+                call()
+    except Exception as error:  # whoever measures it will see it
+        return one_line(error)
+    return None
 
 
 def on_all_cores(function: Callable, jobs: list, seconds: float) -> list:

@@ -6,9 +6,12 @@
     doctor   the device, versions, backends, and the two ceilings: a large matrix product and a copy
     test     the tests marked gpu, the smallest file first; compute-sanitizer on a few, where it is installed
     peers    whole models beside their peers, as `resnet-fast bench --peers`
-    kernels  add_relu and every convolution of the models with its BatchNorm, residual and ReLU, against torch and cuDNN
-    models   our models on every backend, in both layouts
-    tune     candidate tiles of the Triton convolution on the same layers (compiles on all cores first)
+    kernels  every convolution of the models with its BatchNorm, residual and ReLU, the ends of blocks with their
+             projection, the stem with its max-pooling, add_relu and the poolings, against torch and cuDNN; what runs in
+             Triton on each of its paths; all of it replayed as CUDA graphs, so without launches
+    models   our models on every backend, in both layouts; channels_last as CUDA graphs too
+    tune     candidate entries for resnet_fast/kernels/configs.py on the same convolutions, on each path that Triton has
+             for them (compiles on all cores first), and for each entry the best, as it would be written there
     train    a training step of whole models: time and peak memory
     profile  ncu on the layers that --layers names, where it is installed
 
@@ -166,10 +169,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "peers: leave out the process for each peer that measures its memory, which compiles once more"
     parser.add_argument("--no-memory", dest="memory", action="store_false", help=text)
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="samples of a model (default: 15)")
-    parser.add_argument(
-        "--layers", default="", metavar="TEXT", help='only layers with this in their names, as "3x3 64"'
-    )
-    parser.add_argument("--tests", nargs="+", metavar="FILE", help="test files (default: all with tests marked gpu)")
+    text = 'only layers with this in their names, as "3x3 64"; for tune also "descriptors", "pointers", "few tiles"'
+    parser.add_argument("--layers", default="", metavar="TEXT", help=text)
+    text = "test files, without compute-sanitizer (default: all with tests marked gpu)"
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help=text)
     parser.add_argument("--wheel", metavar="FILE", help="for build: take its compiled parts")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and measure nothing")
     args = parser.parse_args(argv)

@@ -103,9 +103,7 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
         if operator in ("max_pool", "avg_pool_flatten"):
             return choice("reference", "the Triton kernel has not been measured yet")
         if operator == "conv_bn_relu_max_pool":
-            return choice(
-                "reference", "conv_bn_relu, then torch's max-pooling; the kernel of both was not measured yet"
-            )
+            return choice("reference", "conv_bn_relu, then torch's max-pooling: the kernel of both is not measured yet")
         return choice("reference", backends()["cuda"].reason)
     return choice("reference", f"no kernels for {device} tensors")
 

@@ -45,6 +45,8 @@ def results(tmp_path):
         row | {"name": "add_relu 64@56", "flops": 0.0, "ms": {"torch": 3.0, "ours": 2.0}, "fraction_of_bound": 0.4},
         {"step": "kernels", "name": "batch_norm_relu", "absent": "no such operator yet"},
         {"step": "kernels", "name": "5x5", "error_message": "RuntimeError: no"},
+        {"step": "tune", "name": "1x1", "ms": {"best": 1.0}, "entry": "of one layer"},
+        {"step": "tune", "name": "sm_90, pointwise", "ms": {"now": 3.0, "best": 2.0}, "entry": "best", "subjects": 2},
         {"step": "train", "name": "resnet18, ours", "ms": 100.0, "img_s": 80.0, "peak_gb": 1.5},
     ]
     ways = (
@@ -71,6 +73,7 @@ def test_page(results):
     assert "- ncnn: absent: ncnn not installed" in text
     assert text.index("1. 1x1 slow: 0.20") < text.index("2. add_relu 64@56: 0.40") < text.index("3. 3x3 fast: 0.80")
     assert "| resnet18, ours | 100 | 80 | 1.50 |" in text
+    assert "| sm_90, pointwise | `best` | 2 | 3 |" in text and "of one layer" not in text
     assert "|  | batch 1 | batch 8 |" in text and "| stem, forward, float32 | 2 (1.50 / 0.50) | 16 |" in text
     assert "- kernels, 5x5: RuntimeError: no" in text
 

@@ -27,6 +27,7 @@ WORST = 10
 # Of many cells, those that the README shows in full.
 _HEADLINE_MODELS, _HEADLINE_BATCHES, _MANY = ("resnet18", "resnet50"), (1, 8), 12
 _LONGEST = 80  # characters of a reason
+TILES = "The fastest candidate for each entry of kernels/configs.py, over the models' convolutions that take it."
 RATIOS = "Every model: the fastest other's time over ours (which one that is); below 1 it is faster."
 BLOCKS = (
     "Blocks and operators, each row by itself (`pytest benchmarks`): milliseconds of ours (time of torch / of torch "
@@ -201,6 +202,15 @@ def kernels_table(rows: Sequence[dict]) -> str:
     return markdown(lines)
 
 
+def tiles_table(rows: Sequence[dict]) -> str:
+    """A line an entry of kernels/configs.py, from the rows of the step "tune" that are about all of its subjects."""
+    lines = [("", "entry", "ms", "as it is now, ms")]
+    for row in rows:
+        now = f"{row['ms']['now']:.4g}" if "now" in row["ms"] else "not timed"
+        lines.append((row["name"], f"`{row['entry']}`", f"{row['ms']['best']:.4g}", now))
+    return markdown(lines)
+
+
 def blocks_table(benchmarks: Sequence[dict]) -> str:
     """A line a block and pass, a column a batch: milliseconds of ours (torch / torch channels_last over ours)."""
     found: dict[tuple, dict[int, dict[str, float]]] = {}
@@ -282,6 +292,8 @@ def page(folder: Folder) -> str:
                 memory = f"{r['peak_gb']:.2f}" if r.get("peak_gb") else ""
                 lines.append((r["name"], f"{r['ms']:.4g}", f"{r['img_s']:,.4g}", memory))
             parts += [f"## {title}", markdown(lines)]
+    if found := [row for row in folder.step("tune") if "subjects" in row]:
+        parts += ["## Tiles", TILES, tiles_table(found)]
     if folder.failures:
         failed = [f"- {row['step']}, {row['name']}: {row['error_message']}" for row in folder.failures]
         parts += ["## Failed", "\n".join(failed)]

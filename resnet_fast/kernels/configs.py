@@ -47,10 +47,10 @@ LIMITS = {
     "sm_100": Limits(65536, 233472, 64, 232448),
 }
 
-# Shape classes. "pointers": the implicit GEMM that computes its addresses (conv_pointers.py), where loads are vectors of
-# 16 bytes; "elements": the same kernel for all other tensors, and for 64-bit offsets. "pointwise" (1x1) and "window":
-# through descriptors (conv_tma.py). "few tiles": where the tiles of those would not fill the GPU once. "+ residual" and
-# "+ projection": what the store adds; without an entry of its own the class without it counts.
+# Shape classes. "pointers": the implicit GEMM that computes its addresses (conv_pointers.py), where loads are vectors
+# of 16 bytes; "elements": the same kernel for all other tensors, and for 64-bit offsets. "pointwise" (1x1) and
+# "window": through descriptors (conv_tma.py). "few tiles": where the tiles of those would not fill the GPU once.
+# "+ residual" and "+ projection": what the store adds; without an entry of its own the class without it counts.
 _BIG = ConvConfig(256, 128, 64, 1, 1)
 _DESCRIPTORS = ("pointwise", "window", "few tiles")
 _POINTERS = ("pointers", "elements")

@@ -73,8 +73,8 @@ def conv_bn_relu_max_pool_triton(
     size: list[int],  # [N, K, P, Q] of the map before the pooling
     out: Tensor,  # [N, K, pooled P, pooled Q], channels_last, not empty
 ) -> Tensor | None:
-    """Writes max_pool(relu(batch_norm(conv2d(input, weight, bias)))) into ``out`` and returns it; None if no kernel does
-    both."""
+    """Writes max_pool(relu(batch_norm(conv2d(input, weight, bias)))) into ``out`` and returns it; None if no kernel
+    does both."""
     vectors = (bias, bn_weight, bn_bias, running_mean, running_var)
     conv = Conv.of(input, weight, *vectors, stride, padding, dilation, groups, eps)
     return (

@@ -121,31 +121,9 @@ def conv_few_channels_kernel(
 
 
 @triton.jit
-def windows_of(
-    padded,  # [N, PH, PW, CP], or its descriptor [N * PH, 2, Q / 2, WINDOW]: output columns by parity
-    line,  # of `padded`, counted over all images
-    q,  # the first of BLOCK_Q output columns, 2 apart
-    Q,
-    line_size,  # PW * CP
-    STEP_W: tl.constexpr, DEPTH: tl.constexpr, WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """What one kernel row meets, [BLOCK_Q, DEPTH]; zeros where there is no output column."""
-    if DESCRIPTORS:
-        x = tl.reshape(padded.load([line, q & 1, q >> 1, 0]), (BLOCK_Q, DEPTH))
-    else:
-        columns = q + 2 * tl.arange(0, BLOCK_Q)
-        depth = tl.arange(0, DEPTH)
-        ok = ((columns >= 0) & (columns < Q))[:, None] & (depth < WINDOW)[None, :]
-        x = tl.load(padded + line * line_size + columns[:, None] * STEP_W + depth[None, :], mask=ok, other=0.0)
-    return x
-
-
-@triton.jit
-def normalized(acc, mean, scale, shift, q, Q, BLOCK_Q: tl.constexpr):
+def normalized(acc, mean, scale, shift, exists):
     """relu(batch_norm(acc)), and 0, which no maximum of such values notices, where there is no output column."""
-    columns = q + 2 * tl.arange(0, BLOCK_Q)
-    value = relu((acc - mean[None, :]) * scale[None, :] + shift[None, :])
-    return tl.where(((columns >= 0) & (columns < Q))[:, None], value, 0.0)
+    return tl.where(exists[:, None], relu((acc - mean[None, :]) * scale[None, :] + shift[None, :]), 0.0)
 
 
 @triton.jit
@@ -191,9 +169,13 @@ def conv_few_channels_max_pool_kernel(
     mean, scale, shift = batch_norm_vectors(
         columns, column_ok, bias, bn_weight, bn_bias, running_mean, running_var, eps
     )
-    depth = tl.arange(0, DEPTH)
-    filters = None
+    # The columns of the convolution that a pooled one sees: `first` and the two behind it.
+    first = 2 * pixels - 1
+    has_left, has_middle, has_right = (first >= 0) & (first < Q), first + 1 < Q, first + 2 < Q
     if not DESCRIPTORS:
+        depth = tl.arange(0, DEPTH)
+        in_window = (depth < WINDOW)[None, :]
+        windows = padded + first[:, None] * STEP_W + depth[None, :]
         filters = packed + tl.minimum(columns, K - 1)[None, :] * (R * DEPTH) + depth[:, None]
 
     largest = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)  # of what belongs to the current pooled row
@@ -205,22 +187,25 @@ def conv_few_channels_max_pool_kernel(
         middle = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
         right = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
         for r in range(0, R):
-            at = line + r * DIL_H
-            a = windows_of(padded, at, 2 * q0 - 1, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
-            b = windows_of(padded, at, 2 * q0, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
-            c = windows_of(padded, at, 2 * q0 + 1, Q, line_size, STEP_W, DEPTH, WINDOW, DESCRIPTORS, BLOCK_Q)
             if DESCRIPTORS:
+                a = tl.reshape(padded.load([line + r * DIL_H, 1, q0 - 1, 0]), (BLOCK_Q, DEPTH))
+                b = tl.reshape(padded.load([line + r * DIL_H, 0, q0, 0]), (BLOCK_Q, DEPTH))
+                c = tl.reshape(padded.load([line + r * DIL_H, 1, q0, 0]), (BLOCK_Q, DEPTH))
                 y = packed.load([k0, r * DEPTH]).T
             else:
+                at = (line + r * DIL_H) * line_size
+                a = tl.load(windows + at, mask=has_left[:, None] & in_window, other=0.0)
+                b = tl.load(windows + (at + STEP_W), mask=has_middle[:, None] & in_window, other=0.0)
+                c = tl.load(windows + (at + 2 * STEP_W), mask=has_right[:, None] & in_window, other=0.0)
                 y = tl.load(filters + r * DEPTH)
             if PRECISION == "tf32":
                 a, b, c, y = rounded_to_tf32(a), rounded_to_tf32(b), rounded_to_tf32(c), rounded_to_tf32(y)
             left = tl.dot(a, y, left, input_precision=PRECISION)
             middle = tl.dot(b, y, middle, input_precision=PRECISION)
             right = tl.dot(c, y, right, input_precision=PRECISION)
-        left = normalized(left, mean, scale, shift, 2 * q0 - 1, Q, BLOCK_Q)
-        middle = normalized(middle, mean, scale, shift, 2 * q0, Q, BLOCK_Q)
-        right = normalized(right, mean, scale, shift, 2 * q0 + 1, Q, BLOCK_Q)
+        left = normalized(left, mean, scale, shift, has_left)
+        middle = normalized(middle, mean, scale, shift, has_middle)
+        right = normalized(right, mean, scale, shift, has_right)
         of_row = maximum(maximum(left, middle), right)
         largest = maximum(largest, of_row)
         if i % 2 == 0:  # the last row of one pooled row, and the first of the next

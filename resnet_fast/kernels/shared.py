@@ -161,8 +161,8 @@ def _multiprocessors_of(device: int | None) -> int:
 
 
 def multiprocessors_of(t: Tensor) -> int:
-    """Those of the GPU that ``t`` is on. In the interpreter 3, so that programs take several tiles each; 132, an H100's,
-    where a kernel is compiled for a GPU that is not here."""
+    """Those of the GPU that ``t`` is on. In the interpreter 3, so that programs take several tiles each; 132, an
+    H100's, where a kernel is compiled for a GPU that is not here."""
     if t.is_cuda:
         return _multiprocessors_of(t.device.index)
     return 3 if triton_interpreted() else 132
