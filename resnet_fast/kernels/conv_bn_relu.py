@@ -22,10 +22,12 @@ def _in_channels_last(conv: Conv) -> Conv:
     )
 
 
-def _run(conv: Conv, shortcut: Conv | None, residual: Tensor | None, relu: bool, out: Tensor) -> Tensor:
+def _run(
+    conv: Conv, shortcut: Conv | None, residual: Tensor | None, relu: bool, out: Tensor, descriptors: bool = True
+) -> Tensor:
     conv = _in_channels_last(conv)
     shortcut = None if shortcut is None else _in_channels_last(shortcut)
-    kernel = conv_tma if conv_tma.takes(conv, shortcut, residual, out) else conv_pointers
+    kernel = conv_tma if descriptors and conv_tma.takes(conv, shortcut, residual, out) else conv_pointers
     return kernel.run(conv, shortcut, residual, relu, out)
 
 
@@ -45,15 +47,17 @@ def conv_bn_relu_triton(
     eps: float,
     relu: bool,
     out: Tensor,  # [N, K, P, Q], channels_last, not empty
+    descriptors: bool = True,
 ) -> Tensor:
-    """Writes relu(batch_norm(conv2d(input, weight, bias)) + residual) into ``out`` and returns it."""
+    """Writes relu(batch_norm(conv2d(input, weight, bias)) + residual) into ``out`` and returns it. ``descriptors``:
+    whether conv_tma.py may compute it."""
     vectors = (bias, bn_weight, bn_bias, running_mean, running_var)
     conv = Conv.of(input, weight, *vectors, stride, padding, dilation, groups, eps)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if conv_few_channels.takes(conv, list(out.shape)):
         return conv_few_channels.run(conv, residual, relu, out)
-    return _run(conv, None, residual, relu, out)
+    return _run(conv, None, residual, relu, out, descriptors)
 
 
 def conv_bn_relu_max_pool_triton(

@@ -235,9 +235,9 @@ def conv_kernel(
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
-        return conv_bn_relu_triton(
-            input, *parameters, residual, *pairs, groups, eps, relu, empty_channels_last(input, size)
-        )
+        # What `choose_on_cuda` sends to Triton was measured on the kernel without descriptors; the other one was not yet.
+        out, descriptors = empty_channels_last(input, size), forced() is not None
+        return conv_bn_relu_triton(input, *parameters, residual, *pairs, groups, eps, relu, out, descriptors)
     if backend == "cpu":
         folded, packed = folded_and_packed(input, size, parameters, pairs, groups, eps, residual is not None)
         if packed is not None:

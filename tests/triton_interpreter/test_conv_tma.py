@@ -166,3 +166,17 @@ def test_boxes_waste_least(sizes, block_m, box):
 def test_boxes_are_whole_tiles_of_legal_sides(n, p):
     box = conv_tma.box_of(n, p, p, 128)
     assert box[0] * box[1] * box[2] == 128 and max(box) <= 256
+
+
+def test_choices_that_were_measured_without_descriptors_keep_to_pointers(monkeypatch):
+    """`choose_on_cuda` sends layers to Triton by times of the kernel with pointers."""
+    import sys
+
+    from resnet_fast.choose import Choice
+
+    module = sys.modules["resnet_fast.ops.conv_bn_relu"]
+    monkeypatch.setattr(module, "forced", lambda: None)
+    monkeypatch.setattr(module, "choose", lambda *arguments: Choice("triton", "Triton", ""))
+    with launches() as found:
+        assert_right(*problem(**CASES["1x1"], dtype=torch.bfloat16))
+    assert found == {"conv_pointers_kernel": 1}
