@@ -235,7 +235,7 @@ def conv_kernel(
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
-        # What `choose_on_cuda` sends to Triton was measured on the kernel without descriptors; the other one was not yet.
+        # What `choose_on_cuda` sends to Triton was measured on the kernel without descriptors, the other one not yet.
         out, descriptors = empty_channels_last(input, size), forced() is not None
         return conv_bn_relu_triton(input, *parameters, residual, *pairs, groups, eps, relu, out, descriptors)
     if backend == "cpu":
