@@ -73,8 +73,7 @@ def _block_c(n: int, c: int, element_size: int) -> int:
 
 def _most_tiles(x: Tensor) -> int:
     """Of a run; x is channels_last."""
-    vectors = x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return _MOST_LOADS if vectors else _MOST_LOADS_OF_ELEMENTS * x.element_size() // 16
+    return _MOST_LOADS if shared.has_vectors(x) else _MOST_LOADS_OF_ELEMENTS * x.element_size() // 16
 
 
 def avg_pool_flatten_triton(input: Tensor, out: Tensor) -> Tensor:

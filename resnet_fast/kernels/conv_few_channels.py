@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import shared
 from .configs import StemConfig, has_descriptors, stem_config_for
-from .descriptors import ALIGNMENT, descriptor
-from .shared import Conv, batch_norm, batch_norm_vectors, relu, residual_relu_store, rounded_to_tf32
+from .descriptors import descriptor
+from .shared import ALIGNMENT, Conv, batch_norm, batch_norm_vectors, relu, residual_relu_store, rounded_to_tf32
 
 _LEAST_DEPTH = 16  # tl.dot's smallest
 _MOST_DEPTH = 128  # of one kernel row

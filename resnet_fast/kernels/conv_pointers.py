@@ -17,8 +17,7 @@ from torch import Tensor
 
 from . import shared
 from .configs import ConvConfig, config_for
-from .descriptors import ALIGNMENT, is_aligned
-from .shared import Conv, batch_norm, residual_relu_store, rounded_to_tf32
+from .shared import ALIGNMENT, Conv, batch_norm, has_vectors, is_aligned, residual_relu_store, rounded_to_tf32
 
 # tl.dot's smallest tile in every dimension; smaller problems are filled up with zeros by the masks.
 _LEAST_BLOCK = 16
@@ -203,22 +202,12 @@ def conv_projection_pointers_kernel(
     residual_relu_store(acc, offs_m, row_ok, columns, column_ok, None, out, K, True)
 
 
-def _needs_int64(conv: Conv, out: Tensor) -> bool:
-    """Whether an offset that a kernel computes may not fit into 32 bits.
-
-    Windows begin in the padding, so the padded input counts; the weight may be a view with strides of any size.
-    """
-    n, c, h, w = conv.input.shape
-    padded = n * c * (h + 2 * conv.padding[0]) * (w + 2 * conv.padding[1])
-    return max(padded, out.numel(), shared.reach(conv.weight)) > shared.MOST_INT32
-
-
 def _loads_vectors(conv: Conv, filters: int) -> bool:
     """Whether loads and stores may be of 16 bytes: whole vectors in each pixel of input and output, and neighbours in
     the weight."""
-    size, channels = conv.input.element_size(), conv.weight.shape[1]
-    whole = channels * size % ALIGNMENT == 0 and filters * size % ALIGNMENT == 0
-    return whole and conv.weight.stride(1) == 1 and is_aligned(conv.input, conv.weight)
+    weight = conv.weight
+    whole = (n * weight.element_size() % ALIGNMENT == 0 for n in (weight.shape[1], filters))
+    return all(whole) and has_vectors(conv.input) and weight.stride(1) == 1 and is_aligned(weight)
 
 
 def _config(conv: Conv, shortcut: Conv | None, residual: Tensor | None, filters: int, wide: bool) -> ConvConfig:
@@ -254,7 +243,8 @@ def run(conv: Conv, shortcut: Conv | None, residual: Tensor | None, relu: bool, 
     """
     n, k, p, q = out.shape
     filters = k // conv.groups
-    wide = _needs_int64(conv, out) or (shortcut is not None and _needs_int64(shortcut, out))
+    parts = [part for part in (conv, shortcut) if part is not None]
+    wide = any(shared.needs_int64(part.input, part.padding, out, part.weight) for part in parts)
     config = _config(conv, shortcut, residual, filters, wide)
     rows, columns = triton.cdiv(n * p * q, config.block_m), triton.cdiv(filters, config.block_n)
     how = dict(

@@ -21,8 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import shared
 from .configs import ConvConfig, config_for, has_descriptors
-from .descriptors import ALIGNMENT, descriptor, is_aligned
-from .shared import Conv, batch_norm, rounded_to_tf32
+from .descriptors import descriptor
+from .shared import ALIGNMENT, Conv, batch_norm, is_aligned, rounded_to_tf32
 
 _LEAST_DEPTH = 16  # of a step: tl.dot's smallest
 # Triton 3.6 makes all wgmma instructions wait for each other where two pipelined loops of one kernel take boxes of more

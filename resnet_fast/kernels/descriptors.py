@@ -16,8 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backends import triton_interpreted
 
-ALIGNMENT = 16  # bytes, of the tensor's begin and of all its strides but the last, which is 1
-
 
 @dataclass(frozen=True)
 class _Place:
@@ -45,8 +43,3 @@ def descriptor(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box:
         return _kept(t.data_ptr(), t.dtype, shape, strides, box)
     assert triton_interpreted() or t.is_meta
     return TensorDescriptor(t, list(shape), list(strides), list(box))
-
-
-def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether each begins where a descriptor (or a vector of 16 bytes) may."""
-    return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)

@@ -79,13 +79,6 @@ def max_pool_kernel(
     tl.store(out + m[:, None] * C + c[None, :], largest.to(out.dtype.element_ty), mask=ok)
 
 
-def _needs_int64(input: Tensor, out: Tensor, padding: list[int]) -> bool:
-    """Whether an offset may not fit into 32 bits. Windows begin in the padding, so the padded input counts."""
-    n, c, h, w = input.shape
-    padded = n * c * (h + 2 * padding[0]) * (w + 2 * padding[1])
-    return max(padded, out.numel()) > shared.MOST_INT32
-
-
 def max_pool_triton(
     input: Tensor,  # [N, C, H, W], any strides
     kernel_size: list[int],
@@ -99,7 +92,6 @@ def max_pool_triton(
     n, c, p, q = out.shape
     block_c = min(triton.next_power_of_2(c), _MOST_CHANNELS)
     block_m = (_INTERPRETER_BLOCK if triton_interpreted() else _BLOCK) // block_c
-    vectors = c * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     with shared.on_device_of(out):
         max_pool_kernel[(triton.cdiv(n * p * q, block_m) * triton.cdiv(c, block_c),)](
             x, out,
@@ -108,8 +100,8 @@ def max_pool_triton(
             STRIDE_H=stride[0], STRIDE_W=stride[1],
             PAD_H=padding[0], PAD_W=padding[1],
             DIL_H=dilation[0], DIL_W=dilation[1],
-            WIDE=_needs_int64(x, out, padding),
-            UNROLL=min(kernel_size[0] * kernel_size[1], _UNROLLED if vectors else _UNROLLED_ELEMENTS),
+            WIDE=shared.needs_int64(x, padding, out),
+            UNROLL=min(kernel_size[0] * kernel_size[1], _UNROLLED if shared.has_vectors(x) else _UNROLLED_ELEMENTS),
             BLOCK_M=block_m, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     return out

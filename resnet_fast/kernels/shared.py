@@ -17,6 +17,8 @@ from ..backends import triton_interpreted
 # tile, since the row numbers of the last tile run past the last row and must not wrap around.
 MOST_INT32 = 2**31 - 2**16
 
+ALIGNMENT = 16  # bytes: of a vector, and of a descriptor's tensor and of all its strides but the last, which is 1
+
 
 class Conv(NamedTuple):
     """A convolution and the BatchNorm behind it. ``vectors``: bias, bn_weight, bn_bias, running_mean, running_var, each
@@ -118,6 +120,26 @@ def residual_relu_store(
 def reach(t: Tensor) -> int:
     """The offset of the last element; a view's strides may be of any size."""
     return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def needs_int64(input: Tensor, padding: list[int], *others: Tensor) -> bool:
+    """Whether an offset into input [N, C, H, W], channels_last, or into one of the others may not fit into 32 bits.
+
+    Windows begin in the padding, so the padded input counts; a weight may be a view with strides of any size.
+    """
+    n, c, h, w = input.shape
+    padded = n * c * (h + 2 * padding[0]) * (w + 2 * padding[1])
+    return max(padded, *map(reach, others)) > MOST_INT32
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether each begins where a vector of 16 bytes, or a tensor descriptor, may."""
+    return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+
+
+def has_vectors(map: Tensor) -> bool:
+    """Whether a map [N, C, H, W], channels_last, can be read in vectors of 16 bytes."""
+    return map.shape[1] * map.element_size() % ALIGNMENT == 0 and is_aligned(map)
 
 
 def tf32_allowed() -> bool:

@@ -46,3 +46,14 @@ def allow_tf32(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
+@pytest.fixture(params=("interpreter", "sm_90", "sm_100"))
+def table(request, monkeypatch):
+    """The tiles of a GPU, or the interpreter's own, which are larger."""
+    from resnet_fast.kernels import configs, conv_tma
+
+    monkeypatch.setitem(configs.CONFIGS, "interpreter", configs.CONFIGS[request.param])
+    conv_tma._plan.cache_clear()
+    yield
+    conv_tma._plan.cache_clear()

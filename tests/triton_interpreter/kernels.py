@@ -18,7 +18,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from resnet_fast.kernels import (
     add_relu,
     avg_pool_flatten,
-    configs,
     conv_few_channels,
     conv_pointers,
     conv_tma,
@@ -27,8 +26,6 @@ from resnet_fast.kernels import (
 )
 
 MODULES = (add_relu, avg_pool_flatten, conv_few_channels, conv_pointers, conv_tma, max_pool, shared)
-# What a GPU would be told, tiles of several sizes among them; everything is small, so that there are several tiles.
-TABLES = {name: configs.CONFIGS[name] for name in ("interpreter", "sm_90", "sm_100")}
 
 
 class _Counted:
@@ -94,16 +91,6 @@ def _folder() -> str:
     if not hasattr(_folder, "made"):
         _folder.made = tempfile.TemporaryDirectory()
     return _folder.made.name
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,11 @@ from checks import assert_accurate, assert_same_special_values
 from test_conv_bn_relu import DTYPES, in_channels_last, in_double
 from test_conv_bn_relu_projection import CASES, ONE_BY_ONE, block
 
-from resnet_fast.kernels import configs, conv_tma
+from resnet_fast.kernels import conv_tma
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu_projection, conv_bn_relu_projection_ref
 
-from .kernels import TABLES, launches, rounded_to_tf32
+from .kernels import launches, rounded_to_tf32
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -38,14 +38,6 @@ def assert_right(tensors, how):
     assert_accurate(out, conv_bn_relu_projection_ref(**in_double(tensors), **how), stock)
     assert out.stride() == torch.empty(out.shape, memory_format=torch.channels_last).stride()
     assert all(t is None or torch.equal(t, before[name]) for name, t in tensors.items()), "an input was changed"
-
-
-@pytest.fixture(params=TABLES)
-def table(request, monkeypatch):
-    monkeypatch.setitem(configs.CONFIGS, "interpreter", TABLES[request.param])
-    conv_tma._plan.cache_clear()
-    yield
-    conv_tma._plan.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ from resnet_fast.kernels import configs, conv_tma
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
-from .kernels import TABLES, launches, rounded_to_tf32
+from .kernels import launches, rounded_to_tf32
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -45,15 +45,6 @@ TAILS = (dict(residual=True), dict(relu=False), dict(residual=True, relu=False, 
 
 def assert_by_descriptors(found):
     assert found == {"conv_tma_kernel": 1}
-
-
-@pytest.fixture(params=TABLES)
-def table(request, monkeypatch):
-    """The tiles of a GPU, or the interpreter's own."""
-    monkeypatch.setitem(configs.CONFIGS, "interpreter", TABLES[request.param])
-    conv_tma._plan.cache_clear()
-    yield
-    conv_tma._plan.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", _16_BIT)
