@@ -7,7 +7,7 @@ SETUP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
 
-.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-oldest test-aarch64 sanitize cuda-check clean
+.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot triton-table test-oldest test-aarch64 sanitize cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -47,6 +47,10 @@ test-triton: $(SETUP)
 test-triton-aot: $(SETUP)
 	RESNET_FAST_TEST_AOT=1 $(PYTEST) tests/triton_aot
 
+# What every Triton convolution is compiled to, for people: benchmarks/results/triton_tiles.md.
+triton-table: $(SETUP)
+	$(BIN)/python tests/triton_aot/table.py
+
 # The same build under the oldest torch supported, laid in front of the newer one that it was built with.
 OLDEST := .torch_oldest
 $(OLDEST)/.installed: $(SETUP)
@@ -60,6 +64,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_inference.py tests/test_inference_model.py tests/test_inference_plan.py \
 		-k "of_this_package or blocks or outputs or fused or copies or functional or refused or bit_for_bit"
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_gpu_campaign.py -k "every_step or dry_run"
+	PYTHONPATH=$(OLDEST) RESNET_FAST_TEST_AOT=1 $(PYTEST) tests/triton_aot
 
 # The CPU kernels without torch: built for aarch64 and run under qemu, then natively at every level that this CPU has.
 AARCH64_PACKAGES := g++-aarch64-linux-gnu qemu-user

@@ -55,10 +55,10 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        """Of every map and weight once."""
-        maps = self.channels * self.size**2 + self.filters * (self.outputs // (2 if self.max_pool else 1)) ** 2
-        maps += self.residual * self.filters * self.outputs**2
-        maps += self.projection * (self.outputs * self.projection_stride) ** 2
+        """Of every weight, and of every pixel that is read or written, once."""
+        pixels = self.outputs if self.kernel == 1 else self.size
+        maps = self.channels * pixels**2 + self.filters * (self.outputs // (2 if self.max_pool else 1)) ** 2
+        maps += (self.residual * self.filters + self.projection) * self.outputs**2
         weights = self.filters * (self.channels // self.groups * self.kernel**2 + self.projection)
         return (self.batch * maps + weights) * self.dtype.itemsize
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from compiled import ARCHITECTURES, DTYPES, assert_sound, compiled_by
 from convolutions import LAYERS, LIMIT_OF_ALL, compile_layer, entries_of, entries_taken
+from table import FILE, rows_of
 
 from resnet_fast.kernels import add_relu as add_relu_module
 from resnet_fast.kernels import configs
@@ -63,3 +64,8 @@ def test_convolution(name, arch):
         assert r.count(r"LDGSTS\..*") == r.count(r"LDGSTS\..*(64|128).*") > 0
     if shape_class == "stem with max-pooling":
         assert r.count("UTMALDG.*" if arch >= 90 else r"LDGSTS\..*(64|128).*") > 0
+
+
+def test_the_table_for_people_has_every_layer():
+    """benchmarks/results/triton_tiles.md; `make triton-table` writes it anew."""
+    assert rows_of(FILE.read_text()) == {arch: set(LAYERS) for arch in ARCHITECTURES}
