@@ -141,7 +141,15 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_bn_relu_cuda(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, float eps, bool relu, int tile=-1) -> Tensor");
+  m.def(
+      "_conv_bn_relu_cudnn(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor running_mean, Tensor running_var, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, float eps, bool relu) -> Tensor");
+  m.def(
+      "_max_pool_cuda(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "int[2] output_size) -> Tensor");
+  m.def("_avg_pool_flatten_cuda(Tensor input) -> Tensor");
   // relu(conv2d(input, weight, bias) + residual) on the CPU, the weight packed before
   m.def(
       "_conv_onednn(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "

@@ -29,7 +29,7 @@ else:
         missing = "no module named" in str(error).lower() or "cannot import name" in str(error)
         _cuda_library_error = "built without CUDA kernels (no nvcc at install time)" if missing else str(error)
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = ("reference", "cpu", "triton", "cuda", "cudnn")
 _CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool", "conv_bn_relu_projection")
 _ON_THE_CPU = ("add_relu", "avg_pool_flatten", "max_pool")  # whether torch has oneDNN or not
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
@@ -89,6 +89,30 @@ def declare_interpreter_repaired() -> None:
     _interpreter_has_bfloat16 = True
 
 
+_cuda_emulated = False
+
+
+def cuda_emulated() -> bool:
+    """Whether the CUDA C++ kernels run in an emulator, on CPU tensors."""
+    return _cuda_emulated
+
+
+def declare_cuda_emulated() -> None:
+    """Says that the operators' CUDA C++ kernels take CPU tensors now (tests/cuda_emulator loads what makes them)."""
+    global _cuda_emulated
+    _cuda_emulated = True
+
+
+def tf32_allowed() -> bool:
+    """Whether torch's own float32 convolutions may use TF32 on a GPU.
+
+    Asked by the newer per-operator setting where torch has it: the older ``allow_tf32`` raises once a program has set
+    the newer one.
+    """
+    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
 def _reference() -> Backend:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return Backend("reference", (*_ON_THE_CPU, *_CONVOLUTIONS), devices, "plain torch operators")
@@ -117,14 +141,25 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    operators = ("add_relu", "conv_bn_relu", "conv_bn_relu_projection")
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
+    if cuda_emulated():
+        return Backend("cuda", operators, ("cpu",), "CUDA C++ kernels in the emulator: slow")
     if _cuda_library_error is not None:
         return Backend("cuda", operators, (), _cuda_library_error)
     if not torch.cuda.is_available():
         return Backend("cuda", operators, (), "no CUDA device")
+    return Backend("cuda", operators, ("cuda",), "CUDA C++ kernels")
+
+
+def _cudnn() -> Backend:
+    operators = ("conv_bn_relu", "conv_bn_relu_projection")
+    if _cuda_library_error is not None:
+        return Backend("cudnn", operators, (), _cuda_library_error)
+    if not torch.cuda.is_available():
+        return Backend("cudnn", operators, (), "no CUDA device")
     if not torch.backends.cudnn.is_available():
-        return Backend("cuda", ("add_relu",), ("cuda",), "CUDA C++ kernels; this torch has no cuDNN")
-    return Backend("cuda", operators, ("cuda",), "CUDA C++ kernels, cuDNN convolutions")
+        return Backend("cudnn", operators, (), "this torch has no cuDNN")
+    return Backend("cudnn", operators, ("cuda",), "cuDNN's fused convolutions, BatchNorm folded by a CUDA C++ kernel")
 
 
 def backends() -> dict[str, Backend]:
@@ -133,7 +168,7 @@ def backends() -> dict[str, Backend]:
     >>> resnet_fast.backends()["triton"].reason
     'no CUDA device (set TRITON_INTERPRET=1 to run the kernels on the CPU)'
     """
-    return {b.name: b for b in (_reference(), _cpu(), _triton(), _cuda())}
+    return {b.name: b for b in (_reference(), _cpu(), _triton(), _cuda(), _cudnn())}
 
 
 def _check_name(name: str | None, origin: str) -> str | None:
@@ -160,7 +195,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     the plain torch way, and `resnet_fast.explain` says so.
 
     Args:
-        name: ``"reference"`` (plain torch), ``"cpu"``, ``"triton"``, ``"cuda"`` or None.
+        name: ``"reference"`` (plain torch), ``"cpu"``, ``"triton"``, ``"cuda"`` (CUDA C++), ``"cudnn"`` or None.
 
     Raises:
         ValueError: the name is none of these.

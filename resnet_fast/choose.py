@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .backends import backends, cpu_level, forced, interpreter_has_bfloat16
+from .backends import backends, cpu_level, forced, interpreter_has_bfloat16, tf32_allowed
 
 _16_BIT = (torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, *_16_BIT)
@@ -40,12 +40,19 @@ def choose(operator: str, device: str, dtype: torch.dtype) -> Choice:
     else:
         # torch.export switches oneDNN off while it traces; what it traces runs with it.
         library_enabled = torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()
-    return _choose(operator, device, dtype, forced(), library_enabled)
+    name = forced()
+    tf32 = name != "cuda" or dtype != torch.float32 or tf32_allowed()
+    return _choose(operator, device, dtype, name, library_enabled, tf32)
 
 
 @cache
-def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, library_enabled: bool) -> Choice:
-    choice = _forced_choice(operator, device, dtype, name) if name else _best(operator, device, dtype, library_enabled)
+def _choose(
+    operator: str, device: str, dtype: torch.dtype, name: str | None, library_enabled: bool, tf32: bool
+) -> Choice:
+    if name:
+        choice = _forced_choice(operator, device, dtype, name, tf32)
+    else:
+        choice = _best(operator, device, dtype, library_enabled)
     if "choice" in os.environ.get("RESNET_FAST_LOG", "").split(","):
         print(
             f"[resnet_fast] {operator} {device} {dtype}: {choice.backend} ({choice.kernel}), {choice.reason}",
@@ -54,7 +61,7 @@ def _choose(operator: str, device: str, dtype: torch.dtype, name: str | None, li
     return choice
 
 
-def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str) -> Choice:
+def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str, tf32: bool) -> Choice:
     backend = backends()[name]
     if name != "reference":
         if operator not in backend.operators:
@@ -70,6 +77,11 @@ def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str) ->
         if name == "triton" and dtype == torch.bfloat16 and device == "cpu" and not interpreter_has_bfloat16():
             raise RuntimeError(
                 "backend 'triton' cannot run bfloat16 in Triton's interpreter, which computes on its raw bits"
+            )
+        if name == "cuda" and operator.startswith("conv") and not tf32:
+            raise RuntimeError(
+                f"backend 'cuda' cannot run {operator} in float32, which it multiplies as TF32: "
+                "torch.backends.cudnn.allow_tf32 is False"
             )
     return Choice(name, kernel_name(operator, name, dtype), "use_backend")
 
@@ -91,20 +103,21 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
             return choice("cpu", "two fused convolutions: one pass over the output of each")
         return choice("cpu", "fused: one pass over the output")
     if device == "cuda":
-        works = [name for name in ("cuda", "triton") if "cuda" in backends()[name].devices]
-        if operator == "add_relu" and works:
-            return choice(works[0], "fused: 3 transfers an element instead of 5")
+        works = [name for name, backend in backends().items() if "cuda" in backend.devices]
+        if operator == "add_relu" and ("cuda" in works or "triton" in works):
+            best = "cuda" if "cuda" in works else "triton"
+            return choice(best, "fused: 3 transfers an element instead of 5")
         if operator in ("conv_bn_relu", "conv_bn_relu_projection") and not library_enabled:
             return choice("reference", "torch.backends.cudnn.enabled is False")
-        if operator == "conv_bn_relu" and "cuda" in works:
-            return choice("cuda", "fused: one pass over the output")
-        if operator == "conv_bn_relu_projection" and "cuda" in works:
-            return choice("cuda", "two fused convolutions; both in one Triton kernel has not been measured yet")
+        if operator == "conv_bn_relu" and "cudnn" in works:
+            return choice("cudnn", "fused: one pass over the output; the CUDA C++ kernel is not measured yet")
+        if operator == "conv_bn_relu_projection" and "cudnn" in works:
+            return choice("cudnn", "two fused convolutions; both in one Triton kernel has not been measured yet")
         if operator in ("max_pool", "avg_pool_flatten"):
-            return choice("reference", "the Triton kernel has not been measured yet")
+            return choice("reference", "the CUDA C++ and Triton kernels have not been measured yet")
         if operator == "conv_bn_relu_max_pool":
             return choice("reference", "conv_bn_relu, then torch's max-pooling: the kernel of both is not measured yet")
-        return choice("reference", backends()["cuda"].reason)
+        return choice("reference", backends()["cudnn"].reason)
     return choice("reference", f"no kernels for {device} tensors")
 
 
@@ -120,12 +133,7 @@ def kernel_name(operator: str, backend: str, dtype: torch.dtype) -> str:
             return "oneDNN"
         in_float32 = "" if dtype == torch.float32 or in_bfloat16 else " in float32"
         return f"C++ {cpu_level()}{in_float32} (some groups: oneDNN)"
-    if backend == "cuda":
-        return "CUDA C++" if operator == "add_relu" else "cuDNN (large maps: Triton)"
-    return "Triton"
-
-
-_LEAST_FOR_TRITON = 2**25  # elements of the output: those of 42 images in ResNet-50's first stage
+    return {"cuda": "CUDA C++", "cudnn": "cuDNN (large maps: Triton)", "triton": "Triton"}[backend]
 
 
 @cache
@@ -133,31 +141,87 @@ def _triton_takes_cuda() -> bool:
     return "cuda" in backends()["triton"].devices
 
 
-def choose_on_cuda(
-    input: Tensor, weight: Tensor, stride: Sequence[int], groups: int, has_residual: bool, relu: bool
-) -> str:
-    """The backend of a convolution on CUDA where `choose` says "cuda": that or, where it is faster, "triton".
+@dataclass(frozen=True)
+class Measured:
+    """A kind of convolution, and the backend that was measured to be the fastest for it: groups 1, ``dtypes``, at least
+    ``outputs`` elements of output; where they are given, ``kernel`` the window's height and width, ``channels`` the
+    most that there may be, ``strided``, ``residual`` and ``relu`` whether there is one."""
 
-    input [N, C, H, W], weight [K, C / groups, R, S]. Measured on an H100 in bfloat16 at batch 256
-    (benchmarks/gpu_campaign.py --steps kernels), milliseconds of Triton against cuDNN: 1x1 on 64 channels, into a
-    residual 0.46 against 0.49, with stride 2 0.08 against 0.39; the 7x7 stem 0.54 (before its mask) against 2.08.
-    Without a ReLU cuDNN has no fused bias, and a pass of its own costs more than its convolution gains (1x1, 64 to 256
-    filters: 0.26 against 0.79). Small maps go to cuDNN: there the CPU's time counts, and Triton takes more of it to
-    launch.
+    backend: str
+    reason: str
+    outputs: int = 0
+    dtypes: tuple[torch.dtype, ...] = _16_BIT
+    kernel: int | None = None
+    channels: int | None = None
+    strided: bool | None = None
+    residual: bool | None = None
+    relu: bool | None = None
+
+    def holds(self, weight: Tensor, outputs: int, strided: bool, residual: bool, relu: bool) -> bool:
+        _, c, r, s = weight.shape
+        return (
+            outputs >= self.outputs
+            and weight.dtype in self.dtypes
+            and (self.kernel is None or r == s == self.kernel)
+            and (self.channels is None or c <= self.channels)
+            and self.strided in (None, strided)
+            and self.residual in (None, residual)
+            and self.relu in (None, relu)
+        )
+
+
+# By architecture; the first entry that holds. What no entry names, and every architecture that is not here, goes to
+# cuDNN: that is safe, not measured. Times in milliseconds, bfloat16, batch 256
+# (benchmarks/gpu_campaign.py --steps kernels). Small maps are cuDNN's: there the CPU's time counts, and Triton takes
+# more of it to launch; 2^25 elements are those of 42 images in ResNet-50's first stage.
+# No entry says "cuda" yet: the CUDA C++ convolutions have not been measured on any GPU.
+_large = partial(Measured, "triton", outputs=2**25)
+MEASURED = {
+    "sm_90": (  # H100, Triton against cuDNN
+        _large("7x7 stem: 0.54 against 2.08, before its mask", channels=4),
+        _large("1x1 on 64 channels into a residual: 0.46 against 0.49", kernel=1, channels=64, residual=True),
+        _large("1x1 on 64 channels, stride 2: 0.08 against 0.39", kernel=1, channels=64, strided=True),
+        # Without a ReLU cuDNN has no fused bias, and a pass of its own costs more than its convolution gains.
+        _large("1x1, 64 to 256 filters, no ReLU: 0.26 against 0.79", relu=False),
+    )
+}
+
+
+@cache
+def cuda_architecture(device: int) -> str:
+    """As in "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choose_on_cuda(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    groups: int,
+    has_residual: bool,
+    relu: bool,
+    architecture: str | None = None,
+) -> str:
+    """The backend of a convolution on CUDA where `choose` says "cudnn": that or the one that `MEASURED` names.
+
+    input [N, C, H, W], weight [K, C / groups, R, S]; architecture: input's device's unless given.
     """
-    k, c, r, s = weight.shape
-    outputs = input.shape[0] * input.shape[2] * input.shape[3] // (stride[0] * stride[-1]) * k
-    if outputs < _LEAST_FOR_TRITON or weight.dtype not in _16_BIT or groups != 1 or not _triton_takes_cuda():
-        return "cuda"
-    narrow = r == s == 1 and c <= 64 and (has_residual or stride[0] > 1)
-    return "triton" if c <= 4 or narrow or not relu else "cuda"
+    measured = MEASURED.get(architecture or cuda_architecture(input.get_device()))
+    if measured is None or groups != 1:
+        return "cudnn"
+    outputs = input.shape[0] * input.shape[2] * input.shape[3] // (stride[0] * stride[-1]) * weight.shape[0]
+    for entry in measured:
+        if entry.holds(weight, outputs, stride[0] > 1, has_residual, relu):
+            return entry.backend if entry.backend != "triton" or _triton_takes_cuda() else "cudnn"
+    return "cudnn"
 
 
 def choose_for_large(elements: int) -> str:
     """The backend of a convolution on CUDA whose larger map has that many elements: cuDNN's fused convolution, as torch
     calls it, takes fewer than 2^31."""
     if elements < 2**31:
-        return "cuda"
+        return "cudnn"
     return "triton" if _triton_takes_cuda() else "reference"
 
 

@@ -8,6 +8,8 @@
 
 #include "add_relu.h"
 #include "convert.cuh"
+#include "runtime.cuh"
+#include "words.cuh"
 
 namespace resnet_fast {
 namespace {
@@ -18,36 +20,14 @@ constexpr int unroll = 2;
 // fmaxf(x, 0) would turn NaN into 0; the comparison below is false for NaN and keeps it, as torch.relu does.
 __device__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
-// An integer of the vector's width. A struct of 16-bit floats compiles to several 32-bit loads; uint4 gives LDG.E.128.
-template <int bytes>
-struct Word;
-template <>
-struct Word<16> {
-  using type = uint4;
-};
-template <>
-struct Word<8> {
-  using type = uint2;
-};
-template <>
-struct Word<4> {
-  using type = uint32_t;
-};
-template <>
-struct Word<2> {
-  using type = uint16_t;
-};
-
 template <typename T, typename W>
 __device__ W add_relu_word(W a, W b) {
-  constexpr int n = sizeof(W) / sizeof(T);
-  const T* pa = reinterpret_cast<const T*>(&a);
-  const T* pb = reinterpret_cast<const T*>(&b);
-  W out;
-  T* po = reinterpret_cast<T*>(&out);
+  const Elements<T, W> x{a}, y{b};
+  Elements<T, W> out;
 #pragma unroll
-  for (int i = 0; i < n; ++i) po[i] = from_float<T>(relu(to_float(pa[i]) + to_float(pb[i])));
-  return out;
+  for (int i = 0; i < int(sizeof(W) / sizeof(T)); ++i)
+    out.values[i] = from_float<T>(relu(to_float(x.values[i]) + to_float(y.values[i])));
+  return out.word;
 }
 
 template <typename T, typename W>
@@ -78,44 +58,31 @@ __global__ void __launch_bounds__(block_size)
   if (blockIdx.x == 0 && tail < n) out[tail] = from_float<T>(relu(to_float(a[tail]) + to_float(b[tail])));
 }
 
-template <typename T, int bytes>
-int launch(const T* a, const T* b, T* out, int64_t n, cudaStream_t stream) {
-  using W = typename Word<bytes>::type;
-  const int64_t words = n / int64_t(sizeof(W) / sizeof(T));
-  const int64_t blocks = (words + block_size * unroll - 1) / (block_size * unroll);
-  // 2^16 blocks of 512 vectors cover 512 MiB a step; more blocks would only add launch work.
-  const unsigned grid = unsigned(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
-  add_relu_kernel<T, W><<<grid, block_size, 0, stream>>>(a, b, out, n);
-  return int(cudaGetLastError());
-}
-
-// The widest vector that all three addresses are aligned to.
 template <typename T>
-int launch_aligned(const void* a, const void* b, void* out, int64_t n, cudaStream_t stream) {
-  const T* pa = static_cast<const T*>(a);
-  const T* pb = static_cast<const T*>(b);
-  T* po = static_cast<T*>(out);
+int launch_add_relu(const void* a, const void* b, void* out, int64_t n, void* stream) {
   const uintptr_t bits = uintptr_t(a) | uintptr_t(b) | uintptr_t(out);
-  if (bits % 16 == 0) return launch<T, 16>(pa, pb, po, n, stream);
-  if (bits % 8 == 0) return launch<T, 8>(pa, pb, po, n, stream);
-  if constexpr (sizeof(T) == 2) {
-    if (bits % 4 != 0) return launch<T, 2>(pa, pb, po, n, stream);
-  }
-  return launch<T, 4>(pa, pb, po, n, stream);
+  return with_widest_word<T>(bits, [&](auto word) {
+    using W = decltype(word);
+    const int64_t words = n / int64_t(sizeof(W) / sizeof(T));
+    const int64_t blocks = (words + block_size * unroll - 1) / (block_size * unroll);
+    // 2^16 blocks of 512 vectors cover 512 MiB a step; more blocks would only add launch work.
+    const unsigned grid = unsigned(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
+    return launch<add_relu_kernel<T, W>>(grid, block_size, 0, static_cast<cudaStream_t>(stream),
+                                         static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n);
+  });
 }
 
 }  // namespace
 
 int launch_add_relu(Type type, const void* a, const void* b, void* out, int64_t n, void* stream) {
   if (n == 0) return int(cudaSuccess);
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (type) {
     case Type::float32:
-      return launch_aligned<float>(a, b, out, n, s);
+      return launch_add_relu<float>(a, b, out, n, stream);
     case Type::bfloat16:
-      return launch_aligned<__nv_bfloat16>(a, b, out, n, s);
+      return launch_add_relu<__nv_bfloat16>(a, b, out, n, stream);
     case Type::float16:
-      return launch_aligned<__half>(a, b, out, n, s);
+      return launch_add_relu<__half>(a, b, out, n, stream);
     default:
       return int(cudaErrorInvalidValue);
   }

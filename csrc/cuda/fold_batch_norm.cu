@@ -1,28 +1,14 @@
 // Folds BatchNorm into the weight and bias of a convolution, in every call: a few us a layer buy that nothing folded
 // can go stale. One block per filter.
 #include "convert.cuh"
+#include "filter_vector.cuh"
 #include "fold_batch_norm.h"
+#include "runtime.cuh"
 
 namespace resnet_fast {
 namespace {
 
 constexpr int block_size = 256;
-
-__device__ float value(const FilterVector& v, int k, float otherwise) {
-  if (v.data == nullptr) return otherwise;
-  const int64_t at = k * v.stride;
-  switch (v.type) {
-    case Type::float32:
-      return static_cast<const float*>(v.data)[at];
-    case Type::bfloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(v.data)[at]);
-    case Type::float16:
-      return to_float(static_cast<const __half*>(v.data)[at]);
-    case Type::float64:
-      return float(static_cast<const double*>(v.data)[at]);
-  }
-  return otherwise;
-}
 
 // Whether the weight already lies in memory as the folded one does, so that its elements need not be looked for.
 bool has_folded_layout(const FoldBatchNorm& f) {
@@ -33,11 +19,10 @@ bool has_folded_layout(const FoldBatchNorm& f) {
 template <typename T, bool same_layout>
 __global__ void __launch_bounds__(block_size) fold_batch_norm_kernel(const FoldBatchNorm f) {
   const int k = blockIdx.x;
-  const float invstd = __frcp_rn(__fsqrt_rn(value(f.running_var, k, 1.0f) + f.eps));
-  const float scale = invstd * value(f.bn_weight, k, 1.0f);
+  const float scale = filter_scale(f.running_var, f.bn_weight, f.eps, k);
   if (threadIdx.x == 0) {
-    const float centre = value(f.bias, k, 0.0f) - value(f.running_mean, k, 0.0f);
-    static_cast<T*>(f.folded_bias)[k] = from_float<T>(centre * scale + value(f.bn_bias, k, 0.0f));
+    const float centre = filter_value(f.bias, k, 0.0f) - filter_value(f.running_mean, k, 0.0f);
+    static_cast<T*>(f.folded_bias)[k] = from_float<T>(centre * scale + filter_value(f.bn_bias, k, 0.0f));
   }
 
   const T* from = static_cast<const T*>(f.weight) + k * f.stride_k;
@@ -56,12 +41,10 @@ __global__ void __launch_bounds__(block_size) fold_batch_norm_kernel(const FoldB
 }
 
 template <typename T>
-int launch(const FoldBatchNorm& f, cudaStream_t stream) {
+int launch_fold(const FoldBatchNorm& f, cudaStream_t stream) {
   if (has_folded_layout(f))
-    fold_batch_norm_kernel<T, true><<<f.k, block_size, 0, stream>>>(f);
-  else
-    fold_batch_norm_kernel<T, false><<<f.k, block_size, 0, stream>>>(f);
-  return int(cudaGetLastError());
+    return launch<fold_batch_norm_kernel<T, true>>(f.k, block_size, 0, stream, f);
+  return launch<fold_batch_norm_kernel<T, false>>(f.k, block_size, 0, stream, f);
 }
 
 }  // namespace
@@ -70,11 +53,11 @@ int launch_fold_batch_norm(const FoldBatchNorm& fold, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (fold.type) {
     case Type::float32:
-      return launch<float>(fold, s);
+      return launch_fold<float>(fold, s);
     case Type::bfloat16:
-      return launch<__nv_bfloat16>(fold, s);
+      return launch_fold<__nv_bfloat16>(fold, s);
     case Type::float16:
-      return launch<__half>(fold, s);
+      return launch_fold<__half>(fold, s);
     default:
       return int(cudaErrorInvalidValue);
   }

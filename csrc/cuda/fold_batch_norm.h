@@ -2,16 +2,9 @@
 
 #include <cstdint>
 
-#include "type.h"
+#include "filter_vector.h"
 
 namespace resnet_fast {
-
-// One value per filter; null if there is none.
-struct FilterVector {
-  const void* data = nullptr;
-  Type type = Type::float32;
-  int64_t stride = 1;
-};
 
 // BatchNorm folded into a convolution, in float32:
 //   scale[k] = bn_weight[k] / sqrt(running_var[k] + eps)

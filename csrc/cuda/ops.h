@@ -6,18 +6,33 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
+#include "filter_vector.h"
 #include "type.h"
 
 namespace resnet_fast {
 
+// Where the kernels run: on the current stream of a CUDA device or, under tests/cuda_emulator, on the CPU.
+#ifdef RESNET_FAST_EMULATED
+#define RESNET_FAST_DEVICE CPU
+inline bool on_device(const torch::stable::Tensor& t) { return !t.is_cuda(); }
+inline void* current_stream(const torch::stable::Tensor&) { return nullptr; }
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#else
+#define RESNET_FAST_DEVICE CUDA
+inline bool on_device(const torch::stable::Tensor& t) { return t.is_cuda(); }
 inline void* current_stream(const torch::stable::Tensor& t) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, "no current CUDA stream");
   return stream;
 }
+using torch::stable::accelerator::DeviceGuard;
+#endif
 
 inline Type type_of(torch::headeronly::ScalarType type) {
   switch (type) {
@@ -39,6 +54,32 @@ inline void check_launch(int error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(cudaError_t(error)));
 }
 
+// An uninitialised tensor of those sizes and strides, of like's dtype on like's device.
+template <size_t n>
+torch::stable::Tensor empty_strided(const std::array<int64_t, n>& sizes, const std::array<int64_t, n>& strides,
+                                    const torch::stable::Tensor& like) {
+  AtenTensorHandle handle = nullptr;
+  int32_t dtype = 0, device = 0;
+  STD_TORCH_CHECK(
+      aoti_torch_get_dtype(like.get(), &dtype) == 0 && aoti_torch_get_device_type(like.get(), &device) == 0 &&
+          aoti_torch_empty_strided(n, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &handle) ==
+              0,
+      "no memory for a tensor");
+  return torch::stable::Tensor(handle);
+}
+
+// A map [N, C, H, W] in channels_last, with the strides that the operators' fakes promise also where a size is 1.
+inline torch::stable::Tensor empty_channels_last(const std::array<int64_t, 4>& sizes,
+                                                 const torch::stable::Tensor& like) {
+  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+  return empty_strided<4>(sizes, {h * w * c, 1, w * c, c}, like);
+}
+
+inline FilterVector filter_vector(const std::optional<torch::stable::Tensor>& t) {
+  if (!t.has_value()) return {};
+  return {t->const_data_ptr(), type_of(t->scalar_type()), t->stride(0)};
+}
+
 torch::stable::Tensor conv_bn_relu_cuda(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                                         const std::optional<torch::stable::Tensor>& bias,
                                         const std::optional<torch::stable::Tensor>& bn_weight,
@@ -47,6 +88,23 @@ torch::stable::Tensor conv_bn_relu_cuda(const torch::stable::Tensor& input, cons
                                         const torch::stable::Tensor& running_var,
                                         const std::optional<torch::stable::Tensor>& residual,
                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                        std::vector<int64_t> dilation, int64_t groups, double eps, bool relu);
+                                        std::vector<int64_t> dilation, int64_t groups, double eps, bool relu,
+                                        int64_t tile);
+
+torch::stable::Tensor conv_bn_relu_cudnn(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                                         const std::optional<torch::stable::Tensor>& bias,
+                                         const std::optional<torch::stable::Tensor>& bn_weight,
+                                         const std::optional<torch::stable::Tensor>& bn_bias,
+                                         const torch::stable::Tensor& running_mean,
+                                         const torch::stable::Tensor& running_var,
+                                         const std::optional<torch::stable::Tensor>& residual,
+                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                         std::vector<int64_t> dilation, int64_t groups, double eps, bool relu);
+
+torch::stable::Tensor max_pool_cuda(const torch::stable::Tensor& input, std::vector<int64_t> kernel_size,
+                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                    std::vector<int64_t> dilation, std::vector<int64_t> output_size);
+
+torch::stable::Tensor avg_pool_flatten_cuda(const torch::stable::Tensor& input);
 
 }  // namespace resnet_fast

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import triton_interpreted
+from ..backends import tf32_allowed, triton_interpreted
 
 # Where a tensor has more elements than this, offsets are computed in 64 bits. Below 2^31 by more than the rows of a
 # tile, since the row numbers of the last tile run past the last row and must not wrap around.
@@ -140,16 +140,6 @@ def is_aligned(*tensors: Tensor | None) -> bool:
 def has_vectors(map: Tensor) -> bool:
     """Whether a map [N, C, H, W], channels_last, can be read in vectors of 16 bytes."""
     return map.shape[1] * map.element_size() % ALIGNMENT == 0 and is_aligned(map)
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's own float32 convolutions may use TF32.
-
-    Asked by the newer per-operator setting where torch has it: the older ``allow_tf32`` raises once a program has set
-    the newer one.
-    """
-    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
-    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -33,6 +33,7 @@ def _fake(input: Tensor) -> Tensor:
 
 
 _op_cpu = torch.ops.resnet_fast._avg_pool_flatten_cpu.default
+_op_cuda = torch.ops.resnet_fast._avg_pool_flatten_cuda.default
 
 
 def _kernel(input: Tensor) -> Tensor:
@@ -40,6 +41,8 @@ def _kernel(input: Tensor) -> Tensor:
     backend = choose("avg_pool_flatten", "cpu" if input.is_cpu else "cuda", input.dtype).backend
     if backend == "cpu":
         return _op_cpu(input)
+    if backend == "cuda":
+        return _op_cuda(input)
     if backend == "triton":
         from ..kernels.avg_pool_flatten import avg_pool_flatten_triton
 

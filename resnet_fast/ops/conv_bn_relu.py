@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import cpu_level, forced
-from ..choose import ConvKernel, choose, choose_conv_on_cpu, choose_for_large, choose_on_cuda, onednn_runs
+from ..choose import (
+    MEASURED,
+    ConvKernel,
+    choose,
+    choose_conv_on_cpu,
+    choose_for_large,
+    choose_on_cuda,
+    cuda_architecture,
+    onednn_runs,
+)
 from ..kernels.packing import FoldedConv, Geometry, Packed
 from .arguments import as_channels_last, empty_channels_last, pair
 from .registration import autocast_tensor, dispatch, register, under_transform
@@ -197,7 +206,10 @@ def folded_and_packed(
     return folded, packed
 
 
-_op_cuda = torch.ops.resnet_fast._conv_bn_relu_cuda.default
+_ops_cuda = {
+    "cuda": torch.ops.resnet_fast._conv_bn_relu_cuda.default,
+    "cudnn": torch.ops.resnet_fast._conv_bn_relu_cudnn.default,
+}
 
 
 def conv_kernel(
@@ -214,12 +226,12 @@ def conv_kernel(
             if out is not None:
                 return out
 
-    elif backend == "cuda":
-        try:  # the C++ operator checks what it relies on; only the functions below do it in words
+    elif backend in _ops_cuda:
+        try:  # the C++ operators check what they rely on; only the functions below do it in words
             if forced() is None:
                 backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
-            if backend == "cuda":
-                return _op_cuda(input, *parameters, residual, stride, padding, dilation, groups, eps, relu)
+            if backend in _ops_cuda:
+                return _ops_cuda[backend](input, *parameters, residual, stride, padding, dilation, groups, eps, relu)
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
             pass
 
@@ -227,11 +239,10 @@ def conv_kernel(
     size = check_conv_args(input, *parameters, residual, *pairs, groups)
     if 0 in size:
         return empty_channels_last(input, size)
-    if backend == "cuda":
-        if forced() is None:
-            backend = choose_for_large(max(input.numel(), prod(size)))
-        if backend == "cuda":
-            return _op_cuda(input, *parameters, residual, *pairs, groups, eps, relu)
+    if backend == "cudnn" and forced() is None:
+        backend = choose_for_large(max(input.numel(), prod(size)))
+    if backend in _ops_cuda:
+        return _ops_cuda[backend](input, *parameters, residual, *pairs, groups, eps, relu)
     if backend == "triton":
         from ..kernels.conv_bn_relu import conv_bn_relu_triton
 
@@ -268,9 +279,13 @@ def kernel_for(
     if backend == "cpu":
         kernel = cpu_kernel(input, weight, stride, padding, dilation, groups, residual is not None)
         return (str(kernel), False) if kernel.name == "onednn" else (f"C++ {cpu_level()}, {kernel}", True)
-    if backend == "cuda" and forced() is None:
+    if backend == "cudnn" and forced() is None:
         backend = choose_on_cuda(input, weight, stride, groups, residual is not None, relu)
-    return {"reference": "torch", "cuda": "cuDNN", "triton": "Triton"}[backend], backend == "triton"
+        architecture = cuda_architecture(input.get_device())
+        if architecture not in MEASURED:
+            return f"cuDNN (unmeasured: the other kernels on {architecture})", False
+    words = {"reference": "torch", "cuda": "CUDA C++", "cudnn": "cuDNN", "triton": "Triton"}[backend]
+    return words, backend in ("cuda", "triton")
 
 
 def _setup_context(ctx, inputs, output: Tensor) -> None:

@@ -98,6 +98,7 @@ def _fake(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool
 
 
 _op_cpu = torch.ops.resnet_fast._max_pool_cpu.default
+_op_cuda = torch.ops.resnet_fast._max_pool_cuda.default
 
 
 def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
@@ -106,6 +107,8 @@ def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_
     backend = choose("max_pool", "cpu" if input.is_cpu else "cuda", input.dtype).backend
     if backend == "cpu":
         return _op_cpu(input, *pairs, size[2:])
+    if backend == "cuda":
+        return _op_cuda(input, *pairs, size[2:])
     if backend == "triton":
         from ..kernels.max_pool import max_pool_triton
 

@@ -1,0 +1,71 @@
+// Launches conv_bn_relu_sm80 for one type of maps; included by the .cu file of each.
+#pragma once
+
+#include "conv_bn_relu_sm80.cuh"
+
+namespace resnet_fast {
+
+template <typename T>
+int launch_conv_bn_relu_sm80(const ConvBnRelu& conv, ConvTile tile, void* stream);
+
+namespace {
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <typename T>
+ConvSm80 problem_of(const ConvBnRelu& from) {
+  const ConvShape& f = from.shape;
+  ConvSm80 c{};
+  c.x = from.x, c.weight = from.weight, c.residual = from.residual, c.out = from.out;
+  c.bias = from.bias, c.bn_weight = from.bn_weight, c.bn_bias = from.bn_bias;
+  c.running_mean = from.running_mean, c.running_var = from.running_var;
+  c.eps = from.eps, c.relu = from.relu;
+  c.h = int(f.h), c.w = int(f.w), c.r = int(f.r), c.s = int(f.s), c.p = int(f.p), c.q = int(f.q);
+  c.all_channels = int(f.c), c.all_filters = int(f.k);
+  c.channels = int(f.c / f.groups), c.filters = int(f.k / f.groups);
+  constexpr int chunk = per_chunk<T>;
+  c.padded_channels = c.channels <= 4 ? 4 : (c.channels + chunk - 1) / chunk * chunk;
+  c.pixels = int(f.n * f.p * f.q);
+  c.stride_h = int(f.stride[0]), c.stride_w = int(f.stride[1]);
+  c.padding_h = int(f.padding[0]), c.padding_w = int(f.padding[1]);
+  c.dilation_h = int(f.dilation[0]), c.dilation_w = int(f.dilation[1]);
+  c.vectors = c.filters % chunk == 0 && is_aligned(c.out) && is_aligned(c.residual);
+  return c;
+}
+
+template <typename T, typename Tile, bool aligned>
+int launch_tile(ConvSm80 conv, int groups, void* stream) {
+  const int64_t per_step = Tile::chunks * per_chunk<T>, depth = int64_t(conv.r) * conv.s * conv.padded_channels;
+  conv.steps = int((depth + per_step - 1) / per_step);
+  const int64_t tiles_m = (int64_t(conv.pixels) + Tile::block_m - 1) / Tile::block_m;
+  const int64_t tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
+  if (tiles_m * tiles_n > 2147483647 || groups > 65535) return int(cudaErrorInvalidValue);
+  const dim3 grid(unsigned(tiles_m * tiles_n), unsigned(groups));  // filters change fastest: x stays in L2
+  return launch<conv_bn_relu_sm80_kernel<T, Tile, aligned>>(grid, Tile::threads, Tile::shared_bytes,
+                                                            static_cast<cudaStream_t>(stream), conv);
+}
+
+}  // namespace
+
+template <typename T>
+int launch_conv_bn_relu_sm80(const ConvBnRelu& conv, ConvTile tile, void* stream) {
+  const ConvSm80 problem = problem_of<T>(conv);
+  const int groups = int(conv.shape.groups);
+  // One tile for what is loaded element by element: there it is the loads that take the time.
+  if (problem.channels % per_chunk<T> != 0 || !is_aligned(conv.x) || !is_aligned(conv.weight))
+    return launch_tile<T, TileM128N64, false>(problem, groups, stream);
+  switch (tile) {
+    case ConvTile::m128n128:
+      return launch_tile<T, TileM128N128, true>(problem, groups, stream);
+    case ConvTile::m128n64:
+      return launch_tile<T, TileM128N64, true>(problem, groups, stream);
+    case ConvTile::m64n64:
+      return launch_tile<T, TileM64N64, true>(problem, groups, stream);
+    case ConvTile::m128n32:
+      return launch_tile<T, TileM128N32, true>(problem, groups, stream);
+    default:
+      return int(cudaErrorInvalidValue);
+  }
+}
+
+}  // namespace resnet_fast

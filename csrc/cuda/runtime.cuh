@@ -1,0 +1,56 @@
+// What kernels and their launches need that another compiler cannot be given as plain C++. Without nvcc this is the
+// emulator's twin (tests/cuda_emulator), so that the same kernels run on a CPU.
+#pragma once
+
+#ifndef __CUDACC__
+#include <emulated_runtime.h>
+#else
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace resnet_fast {
+
+// The block's dynamic shared memory, as large as `launch` was told; 1024-aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+// One access of sizeof(V) bytes to shared memory; the emulator counts its bank conflicts.
+template <typename V, typename T>
+__device__ __forceinline__ V load_shared(const T* p) {
+  return *reinterpret_cast<const V*>(p);
+}
+template <typename V, typename T>
+__device__ __forceinline__ void store_shared(T* p, V value) {
+  *reinterpret_cast<V*>(p) = value;
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Returns a cudaError_t.
+template <auto kernel, typename... A>
+int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking, once for each device
+    static std::atomic<uint64_t> asked{0};
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const uint64_t bit = uint64_t(1) << (device & 63);
+    if (error == cudaSuccess && !(asked.load() & bit)) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+      if (error == cudaSuccess) asked.fetch_or(bit);
+    }
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // so that it is not taken for that of a later launch
+      return int(error);
+    }
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  return int(cudaGetLastError());
+}
+
+}  // namespace resnet_fast
+
+#endif
