@@ -42,8 +42,9 @@ Tensor conv_bn_relu_cuda(const Tensor& input,                     // [N, C, H, W
   conv.bias = filter_vector(bias), conv.bn_weight = filter_vector(bn_weight), conv.bn_bias = filter_vector(bn_bias);
   conv.running_mean = filter_vector(running_mean), conv.running_var = filter_vector(running_var);
   conv.eps = float(eps), conv.relu = relu;
-  check_launch(launch_conv_bn_relu_sm80(conv, tile < 0 ? tile_for(f) : ConvTile(tile), current_stream(input)),
-               "conv_bn_relu");
+  const ConvTile chosen = tile < 0 ? tile_for(conv) : ConvTile(tile);
+  STD_TORCH_CHECK(takes(chosen, conv), "conv_bn_relu: tile ", tile, " does not take this convolution");
+  check_launch(launch_conv_bn_relu_sm80(conv, chosen, current_stream(input)), "conv_bn_relu");
   return out;
 }
 

@@ -33,11 +33,12 @@ struct ConvSm80 {
   float eps;
   bool relu;
   bool vectors;  // whether the output and the residual can be accessed 16 bytes at a time
-  int h, w, r, s, p, q;
+  int images, h, w, r, s, p, q;
   int channels, padded_channels, filters;  // padded: as the reduction counts them
   int all_channels, all_filters;           // of all groups
   int pixels;                              // of the output, N * P * Q
   int steps;                               // of the loop over the reduction
+  int halo_rows, grid_h, grid_w;           // of conv_bn_relu_sm80_halo_kernel
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
 
@@ -51,12 +52,13 @@ struct Tile {
   static constexpr int blocks = blocks_;  // that shall fit on a multiprocessor: limits the registers
   static constexpr int rows_at_once = threads / chunks;  // one chunk per thread
   static constexpr int loads_a = block_m / rows_at_once, loads_b = block_n / rows_at_once;
-  static constexpr int stage_bytes = (block_m + block_n) * row_bytes;
+  static constexpr int filter_bytes = block_n * row_bytes, stage_bytes = block_m * row_bytes + filter_bytes;
   // The accumulators pass warp_m rows at a time. 8 more columns: rows 2 apart lie 16 banks apart, so that the stores of
   // 8 bytes of half a warp (4 rows) meet no bank twice.
   static constexpr int staging_columns = block_n + 8, staging_bytes = warp_m * staging_columns * 4;
   static constexpr int operand_bytes = stages * stage_bytes > staging_bytes ? stages * stage_bytes : staging_bytes;
-  static constexpr int shared_bytes = operand_bytes + 3 * block_n * 4;  // and centre, scale, shift of every filter
+  static constexpr int batch_norm_bytes = 3 * block_n * 4;  // centre, scale, shift of every filter
+  static constexpr int shared_bytes = batch_norm_bytes + operand_bytes;
   static_assert(block_m % rows_at_once == 0 && block_n % rows_at_once == 0 && mma_n % 2 == 0);
   static_assert(shared_bytes <= 99 * 1024, "what sm_86 and sm_89 give a block");
 };
@@ -224,19 +226,18 @@ struct Loader {
 template <typename Tile>
 using Accumulators = float[Tile::mma_m][Tile::mma_n][4];
 
-// One step: accumulators += A B, of this warp. a, b: where the warp's first rows begin in shared memory.
-template <typename T, typename Tile>
-__device__ __forceinline__ void multiply_step(Accumulators<Tile>& accumulators, uint32_t a, uint32_t b) {
-  const int lane = threadIdx.x % 32;
-  const int row_a = lane % 16, row_b = lane % 8 + lane / 16 * 8;
+// One step: accumulators += A B, of this warp. row_a(i, chunk): the address of a chunk of this lane's row of the i-th
+// 16 rows of A; b: where the warp's first row of B begins.
+template <typename T, typename Tile, typename RowA>
+__device__ __forceinline__ void multiply_step(Accumulators<Tile>& accumulators, RowA row_a, uint32_t b) {
+  const int lane = threadIdx.x % 32, row_b = lane % 8 + lane / 16 * 8;
 #pragma unroll
   for (int k = 0; k < Tile::row_bytes / 32; ++k) {
     uint32_t fragment_a[Tile::mma_m][4], fragment_b[Tile::mma_n / 2][4];
-    // Rows 16 apart are swizzled alike.
-    const uint32_t from_a = a + row_a * Tile::row_bytes + swizzle<Tile>(row_a, 2 * k + lane / 16) * 16;
+    // Rows of B 16 apart are swizzled alike.
     const uint32_t from_b = b + row_b * Tile::row_bytes + swizzle<Tile>(row_b, 2 * k + lane / 8 % 2) * 16;
 #pragma unroll
-    for (int i = 0; i < Tile::mma_m; ++i) load_fragment<T>(fragment_a[i], from_a + i * 16 * Tile::row_bytes);
+    for (int i = 0; i < Tile::mma_m; ++i) load_fragment<T>(fragment_a[i], row_a(i, 2 * k + lane / 16));
 #pragma unroll
     for (int j = 0; j < Tile::mma_n / 2; ++j) load_fragment<T>(fragment_b[j], from_b + j * 16 * Tile::row_bytes);
 #pragma unroll
@@ -377,11 +378,12 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
   const int group = blockIdx.y, n0 = blockIdx.x % tiles_n * Tile::block_n, m0 = blockIdx.x / tiles_n * Tile::block_m;
   const int warp = threadIdx.x / 32, warp_row = warp / Tile::warps_n, warp_column = warp % Tile::warps_n;
 
-  auto& batch_norm = *reinterpret_cast<BatchNorm<Tile>*>(shared + Tile::operand_bytes);
+  auto& batch_norm = *reinterpret_cast<BatchNorm<Tile>*>(shared);
   batch_norm.load(conv, group, n0);
+  unsigned char* operands = shared + Tile::batch_norm_bytes;
 
   Loader<T, Tile, aligned> loader(conv, group, m0, n0);
-  const auto stage_a = [&](int step) { return shared + step % Tile::stages * Tile::stage_bytes; };
+  const auto stage_a = [&](int step) { return operands + step % Tile::stages * Tile::stage_bytes; };
   const auto stage_b = [&](int step) { return stage_a(step) + Tile::block_m * Tile::row_bytes; };
   const auto start_load = [&](int step) {
     if constexpr (aligned) {
@@ -397,6 +399,7 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
     }
   };
 
+  const int row = warp_row * Tile::warp_m + threadIdx.x % 16;  // of A, this lane's first; those 16 apart swizzle alike
   Accumulators<Tile> accumulators = {};
 #pragma unroll
   for (int step = 0; step < Tile::stages - 1; ++step) start_load(step), finish_load(step);
@@ -404,15 +407,17 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
     if constexpr (aligned) ptx::cp_async_wait<Tile::stages - 2>();
     __syncthreads();  // this step is there for all, and all are done with the one whose place the next load takes
     start_load(step + Tile::stages - 1);
-    multiply_step<T, Tile>(accumulators,
-                           ptx::shared_address(stage_a(step)) + warp_row * Tile::warp_m * Tile::row_bytes,
-                           ptx::shared_address(stage_b(step)) + warp_column * Tile::warp_n * Tile::row_bytes);
+    const uint32_t a = ptx::shared_address(stage_a(step)) + row * Tile::row_bytes;
+    multiply_step<T, Tile>(
+        accumulators,
+        [&](int i, int chunk) { return a + i * 16 * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; },
+        ptx::shared_address(stage_b(step)) + warp_column * Tile::warp_n * Tile::row_bytes);
     finish_load(step + Tile::stages - 1);
   }
   if constexpr (aligned) ptx::cp_async_wait<0>();
 
-  Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(shared), group, m0, n0}.run(accumulators, warp_row,
-                                                                                          warp_column);
+  Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(operands), group, m0, n0}.run(accumulators, warp_row,
+                                                                                            warp_column);
 }
 
 }  // namespace resnet_fast

@@ -18,11 +18,14 @@ struct ConvBnRelu {
   bool relu;
 };
 
-// What a block of threads computes; the order of the tables in conv_bn_relu_sm80.cuh.
-enum class ConvTile { m128n128, m128n64, m64n64, m128n32, count };
+// The kernel, and how many pixels and filters a block of threads computes. halo: each input pixel is read once for all
+// taps of the window; stride 1, whole aligned chunks of 16 bytes of channels, at least 3 taps.
+enum class ConvTile { m128n128, m128n64, m64n64, m128n32, halo_m128n128, halo_m128n64, count };
 
-// The tile in use for a shape unless one is asked for. By arithmetic; not yet measured.
-ConvTile tile_for(const ConvShape& shape);
+bool takes(ConvTile tile, const ConvBnRelu& conv);
+
+// The tile in use unless one is asked for. By arithmetic; not yet measured.
+ConvTile tile_for(const ConvBnRelu& conv);
 
 // On `stream` (a cudaStream_t). Any alignment that the type itself has; fewer than 2^31 - 256 pixels in the output.
 // Returns a cudaError_t.

@@ -2,15 +2,27 @@
 #pragma once
 
 #include "conv_bn_relu_sm80.cuh"
+#include "conv_bn_relu_sm80_halo.cuh"
 
 namespace resnet_fast {
 
 template <typename T>
 int launch_conv_bn_relu_sm80(const ConvBnRelu& conv, ConvTile tile, void* stream);
 
-namespace {
+// What two buffers of a block's input take in shared memory, beside 4 steps of 128 filters, is what sm_86 has.
+constexpr int most_halo_rows = 504;
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// The largest range of positions that the windows of `pixels` successive output pixels cover
+// (conv_bn_relu_sm80_halo.cuh).
+inline int64_t halo_rows(const ConvShape& f, int64_t pixels) {
+  const int64_t more_w = f.dilation[1] * (f.s - 1), more_h = f.dilation[0] * (f.r - 1), grid_w = f.q + more_w;
+  const int64_t new_rows = (pixels - 1 + f.q - 1) / f.q, new_images = (pixels - 1 + f.p * f.q - 1) / (f.p * f.q);
+  return pixels + new_rows * more_w + new_images * more_h * grid_w + more_h * grid_w + more_w;
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+namespace {
 
 template <typename T>
 ConvSm80 problem_of(const ConvBnRelu& from) {
@@ -20,7 +32,7 @@ ConvSm80 problem_of(const ConvBnRelu& from) {
   c.bias = from.bias, c.bn_weight = from.bn_weight, c.bn_bias = from.bn_bias;
   c.running_mean = from.running_mean, c.running_var = from.running_var;
   c.eps = from.eps, c.relu = from.relu;
-  c.h = int(f.h), c.w = int(f.w), c.r = int(f.r), c.s = int(f.s), c.p = int(f.p), c.q = int(f.q);
+  c.images = int(f.n), c.h = int(f.h), c.w = int(f.w), c.r = int(f.r), c.s = int(f.s), c.p = int(f.p), c.q = int(f.q);
   c.all_channels = int(f.c), c.all_filters = int(f.k);
   c.channels = int(f.c / f.groups), c.filters = int(f.k / f.groups);
   constexpr int chunk = per_chunk<T>;
@@ -45,6 +57,22 @@ int launch_tile(ConvSm80 conv, int groups, void* stream) {
                                                             static_cast<cudaStream_t>(stream), conv);
 }
 
+// halo_rows of a block's pixels; its steps go through the taps of one slice of channels after the other.
+template <typename T, typename Tile>
+int launch_halo(ConvSm80 conv, int groups, int64_t halo_rows, void* stream) {
+  const int per_step = Tile::chunks * per_chunk<T>;
+  conv.steps = (conv.channels + per_step - 1) / per_step * conv.r * conv.s;
+  conv.grid_h = conv.p + conv.dilation_h * (conv.r - 1), conv.grid_w = conv.q + conv.dilation_w * (conv.s - 1);
+  conv.halo_rows = int((halo_rows + 7) / 8 * 8);  // so that the second buffer begins at the same bank
+  const int operands = Tile::stages * Tile::filter_bytes + 2 * conv.halo_rows * Tile::row_bytes;
+  const int bytes = Tile::batch_norm_bytes + (operands > Tile::staging_bytes ? operands : Tile::staging_bytes);
+  const int64_t tiles_m = (int64_t(conv.pixels) + Tile::block_m - 1) / Tile::block_m;
+  const int64_t tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
+  if (tiles_m * tiles_n > 2147483647 || groups > 65535) return int(cudaErrorInvalidValue);
+  return launch<conv_bn_relu_sm80_halo_kernel<T, Tile>>(dim3(unsigned(tiles_m * tiles_n), unsigned(groups)),
+                                                        Tile::threads, bytes, static_cast<cudaStream_t>(stream), conv);
+}
+
 }  // namespace
 
 template <typename T>
@@ -63,6 +91,10 @@ int launch_conv_bn_relu_sm80(const ConvBnRelu& conv, ConvTile tile, void* stream
       return launch_tile<T, TileM64N64, true>(problem, groups, stream);
     case ConvTile::m128n32:
       return launch_tile<T, TileM128N32, true>(problem, groups, stream);
+    case ConvTile::halo_m128n128:
+      return launch_halo<T, TileM128N128>(problem, groups, halo_rows(conv.shape, 128), stream);
+    case ConvTile::halo_m128n64:
+      return launch_halo<T, TileM128N64>(problem, groups, halo_rows(conv.shape, 128), stream);
     default:
       return int(cudaErrorInvalidValue);
   }

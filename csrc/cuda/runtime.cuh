@@ -33,14 +33,13 @@ __device__ __forceinline__ void store_shared(T* p, V value) {
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Returns a cudaError_t.
 template <auto kernel, typename... A>
 int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking, once for each device
-    static std::atomic<uint64_t> asked{0};
+  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+    static std::atomic<size_t> granted[64];  // on each device
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
-    const uint64_t bit = uint64_t(1) << (device & 63);
-    if (error == cudaSuccess && !(asked.load() & bit)) {
+    if (error == cudaSuccess && shared_bytes > granted[device & 63].load()) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-      if (error == cudaSuccess) asked.fetch_or(bit);
+      if (error == cudaSuccess) granted[device & 63].store(shared_bytes);
     }
     if (error != cudaSuccess) {
       cudaGetLastError();  // so that it is not taken for that of a later launch
