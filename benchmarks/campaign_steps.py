@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,23 +15,25 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import campaign_cuda
 import torch
 import torch.nn.functional as F
 
 import resnet_fast
-from resnet_fast.backends import triton_interpreted
 from resnet_fast.bench import cells, kernels, layers, limits, report
 from resnet_fast.bench.cells import DTYPES, Cell
 from resnet_fast.bench.peers import OURS, Subject, graphed, peers
 from resnet_fast.bench.results import write_json
+from resnet_fast.choose import CUDA_TILES
 from resnet_fast.measure import environment, interleaved, relative_rms
 
 ROOT = Path(__file__).resolve().parent.parent
 LATER_OPERATORS = ("batch_norm_relu",)
-# Under compute-sanitizer, of each file the tests that `-k` selects: it makes kernels many times as slow.
+# Under compute-sanitizer, of each file the tests that `-k` selects: it makes kernels many times as slow. What the CUDA
+# C++ kernels do with every type and tile is the step "sanitizer".
 SANITIZED = {
     "tests/test_add_relu.py": "not large and not compile",
-    "tests/test_conv_bn_relu_cuda.py": "not large and not compile",
+    "tests/test_conv_bn_relu_cuda.py": "geometries and dtype1 and cudnn",
     "tests/test_triton_cuda.py": "integers and dtype1 and not many",
 }
 
@@ -75,7 +76,7 @@ def test(campaign, args: argparse.Namespace) -> None:
         # start: three tests on 12 of them took 86 s of an H100's virtual machine.
         processes = min(12, os.cpu_count() or 1, count // 10)
         campaign.row(f"pytest {file}", lambda f=file, n=processes: _run_tests(campaign, f, [], *marker, processes=n))
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    sanitizer = campaign_cuda.find_tool("compute-sanitizer")
     if sanitizer is None:
         return campaign.absent("compute-sanitizer", "not installed")
     if args.device != "cuda":
@@ -139,7 +140,7 @@ def model_calls(subject: Subject) -> dict[str, Callable]:
         model, images = subject.ours().to(memory_format=layout), x.contiguous(memory_format=layout)
         calls[name] = lambda model=model, images=images: model(images)
         for backend in resnet_fast.backends().values():
-            if device in backend.devices and not (backend.name == "triton" and triton_interpreted()):
+            if device in backend.devices and not kernels.simulated(backend.name):
                 calls[f"{name}, {backend.name}"] = kernels.forced(backend.name, calls[name])
     if device == "cuda":
         eager = [way for way in calls if way.startswith("channels_last") and not way.endswith("reference")]
@@ -198,7 +199,25 @@ def _compile_in_triton(campaign, cases: list[kernels.Case], batch: int, dtype: t
         campaign_tune.on_all_cores(campaign_tune.run_in_triton, jobs, campaign.seconds_left() / 2)
 
 
+def _cutlass(campaign, args: argparse.Namespace) -> None:
+    """Builds CUTLASS's convolutions and lets them take part."""
+    if not args.cutlass:
+        return
+    if args.device != "cuda":
+        return campaign.absent("CUTLASS", "no CUDA device")
+    from cutlass_conv import build as cutlass  # beside this file
+
+    def compiled() -> dict:
+        apis = cutlass.apis(torch.cuda.get_device_capability())
+        return {"summary": [cutlass.build(*of_api)[0].name for of_api in apis.items()]}
+
+    campaign.row("CUTLASS", compiled)
+    if campaign.has("CUTLASS") and cutlass.ways not in kernels.RACERS:
+        kernels.RACERS.append(cutlass.ways)
+
+
 def run_kernels(campaign, args: argparse.Namespace) -> None:
+    _cutlass(campaign, args)
     cases, maps = _cases(args), _maps(args)
     for name, batch in itertools.product(args.dtype, args.batch):
         at, facts = f"{name} batch {batch}", {"dtype": name, "batch": batch}
@@ -217,6 +236,7 @@ def run_kernels(campaign, args: argparse.Namespace) -> None:
 
 
 def tune(campaign, args: argparse.Namespace) -> None:
+    campaign_cuda.tune(campaign, args)
     triton = resnet_fast.backends()["triton"]
     if args.device not in triton.devices:
         return campaign.absent("Triton tiles", triton.reason)
@@ -275,7 +295,7 @@ def train(campaign, args: argparse.Namespace) -> None:
 
 
 def profile(campaign, args: argparse.Namespace) -> None:
-    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    ncu = campaign_cuda.find_tool("ncu")
     if ncu is None:
         return campaign.absent("ncu", "not installed")
     if args.device != "cuda":
@@ -306,8 +326,8 @@ def _profiled(name: str, batch: int, dtype: str) -> None:
 # All of it
 
 FUNCTIONS = {
-    "doctor": doctor, "test": test, "peers": run_peers, "kernels": run_kernels, "models": run_models, "tune": tune,
-    "train": train, "profile": profile,
+    "doctor": doctor, "primitives": campaign_cuda.primitives, "sanitizer": campaign_cuda.sanitizer, "test": test,
+    "peers": run_peers, "kernels": run_kernels, "models": run_models, "tune": tune, "train": train, "profile": profile,
 }  # fmt: skip
 
 
@@ -326,7 +346,7 @@ def run(campaign, args: argparse.Namespace) -> int:
         except Exception as error:
             campaign.fail("the step itself", error)
         if campaign.skipped:
-            print(f"{step:8} {campaign.skipped} rows left out: the budget of {args.budget:.0f} s is used up")
+            print(f"{step:10} {campaign.skipped} rows left out: the budget of {args.budget:.0f} s is used up")
         torch._dynamo.reset()
         if args.device == "cuda":
             torch.cuda.empty_cache()
@@ -343,11 +363,11 @@ def summary(campaign, folder: report.Folder) -> str:
         if rows:
             failed = sum("error_message" in row for row in rows)
             absent = [row["name"] for row in rows if "absent" in row]
-            lines.append(f"{step:8} {len(rows) - failed - len(absent):4} rows, {failed} failed"
+            lines.append(f"{step:10} {len(rows) - failed - len(absent):4} rows, {failed} failed"
                          + (f"; absent: {', '.join(absent)}" if absent else ""))  # fmt: skip
-    lines += [f"worst    {r['name']:46} {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
+    lines += [f"worst      {r['name']:46} {r['fraction_of_bound']:.2f} of its {r['bound']} bound"
               for r in folder.farthest[: report.WORST]]  # fmt: skip
-    return "\n".join([*lines, f"report   {campaign.out / 'REPORT.md'}"])
+    return "\n".join([*lines, f"report     {campaign.out / 'REPORT.md'}"])
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -358,17 +378,24 @@ def plan(args: argparse.Namespace) -> int:
     what = {
         "build": [args.wheel or "from source"],
         "doctor": ["environment", "backends", "ceilings"],
+        "primitives": [campaign_cuda.PRIMITIVES],
+        "sanitizer": [f"{tool} on {campaign_cuda.CASES}" for tool in campaign_cuda.TOOLS],
         "test": args.tests or ["every file with tests marked gpu", "compute-sanitizer"],
         "peers": [f"{cell}: {', '.join(peer.name for peer in _peers(args))}" for cell in whole],
-        "kernels": [f"{len(cases)} convolutions and {len(maps)} operators on maps, {at}" for at in each],
+        "kernels": [f"{len(cases)} convolutions and {len(maps)} operators on maps, {at}" for at in each]
+        + ["CUTLASS's convolutions, built first"] * args.cutlass,
         "models": whole,
-        "tune": [f"candidate tiles for the convolutions on each of their paths in Triton, {at}" for at in each],
+        "tune": [
+            f"{len(CUDA_TILES)} tiles of the CUDA C++ convolution and candidate tiles for the convolutions on each "
+            f"of their paths in Triton, {at}"
+            for at in each
+        ],
         "train": whole,
         "profile": [f"ncu on {len(cases)} convolutions"],
     }
     for step in args.steps:
         for text in what[step]:
-            print(f"{step:8} {text}")
+            print(f"{step:10} {text}")
     print(f"each step at most {args.budget:.0f} s beyond its last row; results to {args.out}")
     return 0
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from resnet_fast import backends
-from resnet_fast.backends import triton_interpreted
 from resnet_fast.bench import layers, limits
 from resnet_fast.bench.cells import DTYPES
+from resnet_fast.bench.kernels import simulated
 from resnet_fast.bench.layers import Block, Layer
 from resnet_fast.bench.limits import Kernel
 
@@ -155,7 +155,7 @@ def ways(device: str) -> tuple[Way, ...]:
     if device == "cuda":
         found.append(Way("ours_default", True, None, "all"))  # on CUDA it mixes backends
     for b in reversed(backends().values()):
-        if device not in b.devices or (b.name == "triton" and triton_interpreted()):  # that would measure Python
+        if device not in b.devices or simulated(b.name):
             continue
         # On the CPU a user's model and images are contiguous, and fused blocks hand on channels_last maps.
         channels_last = "all" if device == "cuda" else "none" if b.name == "reference" else "maps"

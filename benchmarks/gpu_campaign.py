@@ -2,18 +2,24 @@
 
     python benchmarks/gpu_campaign.py --out DIR [--steps build,doctor,test,peers,kernels] [--budget 300]
 
-    build    compiles the extension in place, or takes the compiled parts of --wheel FILE
-    doctor   the device, versions, backends, and the two ceilings: a large matrix product and a copy
-    test     the tests marked gpu, the smallest file first; compute-sanitizer on a few, where it is installed
-    peers    whole models beside their peers, as `resnet-fast bench --peers`
-    kernels  every convolution of the models with its BatchNorm, residual and ReLU, the ends of blocks with their
-             projection, the stem with its max-pooling, add_relu and the poolings, against torch and cuDNN; what runs in
-             Triton on each of its paths; all of it replayed as CUDA graphs, so without launches
-    models   our models on every backend, in both layouts; channels_last as CUDA graphs too
-    tune     candidate entries for resnet_fast/kernels/configs.py on the same convolutions, on each path that Triton has
-             for them (compiles on all cores first), and for each entry the best, as it would be written there
-    train    a training step of whole models: time and peak memory
-    profile  ncu on the layers that --layers names, where it is installed
+    build       compiles the extension in place, or takes the compiled parts of --wheel FILE
+    doctor      the device, versions, backends, and the two ceilings: a large matrix product and a copy
+    primitives  every instruction that the tests' emulator of a GPU imitates, against the GPU's own
+    sanitizer   compute-sanitizer (memcheck, racecheck, synccheck, initcheck), where it is installed, on the smallest
+                shapes of every CUDA C++ kernel, type and tile: benchmarks/sanitizer_cases.py
+    test        the tests marked gpu, the smallest file first; memcheck on a few
+    peers       whole models beside their peers, as `resnet-fast bench --peers`
+    kernels     every convolution of the models with its BatchNorm, residual and ReLU, the ends of blocks with their
+                projection, the stem with its max-pooling, add_relu and the poolings: on every backend, in Triton on
+                each of its paths, beside torch, cuDNN's convolution alone and fused, for 1x1 the same product by
+                cuBLAS, for add_relu a copy of as many bytes, and with --cutlass CUTLASS's convolutions; all of it
+                replayed as CUDA graphs, so without launches
+    models      our models on every backend, in both layouts; channels_last as CUDA graphs too
+    tune        the best tile of the CUDA C++ convolution for each class of layers, all of them as JSON; then candidate
+                entries for resnet_fast/kernels/configs.py on the same convolutions, on each path that Triton has for
+                them (compiles on all cores first), and for each entry the best, as it would be written there
+    train       a training step of whole models: time and peak memory
+    profile     ncu on the layers that --layers names, where it is installed
 
 No step starts a new row once it has used up its budget. Each row goes to DIR/campaign.jsonl as soon as it is measured,
 and a second run with the same DIR goes on where the first stopped: what failed is tried again. A short table comes
@@ -35,7 +41,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("build", "doctor", "test", "peers", "kernels", "models", "tune", "train", "profile")
+STEPS = (
+    "build", "doctor", "primitives", "sanitizer", "test", "peers", "kernels", "models", "tune", "train", "profile",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -100,7 +108,7 @@ def to_json(row: dict) -> str:
 
 def line(row: dict) -> str:
     """A row for a reader of the terminal: what it is, and what came of it."""
-    head = f"{row['step']:8} {row['name']:46} "
+    head = f"{row['step']:10} {row['name']:46} "
     if "absent" in row:
         return f"{head}absent: {row['absent']}"
     if "error_message" in row:
@@ -169,10 +177,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "peers: leave out the process for each peer that measures its memory, which compiles once more"
     parser.add_argument("--no-memory", dest="memory", action="store_false", help=text)
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="samples of a model (default: 15)")
-    text = 'only layers with this in their names, as "3x3 64"; for tune also "descriptors", "pointers", "few tiles"'
+    text = (
+        'only layers with this in their names, as "3x3 64"; for tune also "descriptors", "pointers", "few tiles", '
+        '"CUDA C++"'
+    )
     parser.add_argument("--layers", default="", metavar="TEXT", help=text)
     text = "test files, without compute-sanitizer (default: all with tests marked gpu)"
     parser.add_argument("--tests", nargs="+", metavar="FILE", help=text)
+    text = "kernels: build CUTLASS's convolutions (1-2 minutes; needs its wheel) and measure them too"
+    asked = os.environ.get("RESNET_FAST_CUTLASS") == "1"
+    parser.add_argument("--cutlass", action="store_true", default=asked, help=f"{text}; also RESNET_FAST_CUTLASS=1")
     parser.add_argument("--wheel", metavar="FILE", help="for build: take its compiled parts")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and measure nothing")
     args = parser.parse_args(argv)

@@ -18,6 +18,8 @@ from .backends import backends, cpu_level, forced, interpreter_has_bfloat16, tf3
 
 _16_BIT = (torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, *_16_BIT)
+# Tiles of the CUDA C++ convolution, as in `ConvTile` (csrc/cuda/conv_bn_relu_sm80.h): pixels and filters of a block.
+CUDA_TILES = ("m128n128", "m128n64", "m64n64", "m128n32", "halo_m128n128", "halo_m128n64")
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from checks import LAYOUTS, assert_accurate, assert_same_special_values
@@ -188,6 +190,20 @@ def test_thread_counts(threads, format):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", (None, "cuda"))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_is_right(dtype):
-    assert_right(torch.randn(2, 19, 7, 7, device="cuda").to(dtype))
+def test_gpu_is_right(dtype, backend):
+    shapes = [(3, c, 7, 5) for c in CHANNELS] + [(2, 21, *size) for size in SIZES]
+    with resnet_fast.use_backend(backend):
+        for shape, format in product(shapes, FORMATS):
+            assert_right(torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=format))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", (None, "cuda"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_gpu_special_values(value, backend):
+    x = torch.randn(3, 19, 7, 7, device="cuda").contiguous(memory_format=torch.channels_last)
+    x[1, 4, 3, 3] = value
+    with resnet_fast.use_backend(backend):
+        assert_same_special_values(avg_pool_flatten(x), avg_pool_flatten_ref(x))

@@ -17,7 +17,7 @@ def python(code, **env):
 
 def test_every_backend_is_listed_with_a_reason():
     found = resnet_fast.backends()
-    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert list(found) == ["reference", "cpu", "triton", "cuda", "cudnn"]
     assert found["reference"].available and found["cpu"].available
     assert all(b.reason for b in found.values())
 
@@ -45,11 +45,12 @@ def test_switch_returns_after_an_error_and_holds_for_its_thread_alone():
 
 
 def test_unknown_and_missing_backends_are_refused_in_words():
-    with pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda, got 'cudnn'"):
-        resnet_fast.use_backend("cudnn").__enter__()
+    with pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda, cudnn, got 'cublas'"):
+        resnet_fast.use_backend("cublas").__enter__()
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="backend 'cuda' does not work here"):
-            resnet_fast.use_backend("cuda").__enter__()
+        for name in ("cuda", "cudnn"):
+            with pytest.raises(RuntimeError, match=f"backend '{name}' does not work here"):
+                resnet_fast.use_backend(name).__enter__()
 
 
 def test_environment_variable():

@@ -86,11 +86,36 @@ def test_the_last_images_are_checked_too():
     assert kernels.checked(batch).tolist() == [0, 1, 2, 3, 16, 17, 18, 19] and kernels.checked(batch[:5]).numel() == 5
 
 
+def test_the_product_by_cublas_is_the_convolution():
+    for layer, is_product in ((LAST, True), (PLAIN, False), (SHORTCUT, False)):
+        work = kernels.problem(layer, 2, torch.float32, "cpu")
+        product = work.product()
+        assert (product is not None) == is_product
+        if product:
+            ref = work.convolution(work.in_double())
+            assert relative_rms(product(), ref.permute(0, 2, 3, 1).reshape(-1, layer.filters)) < 1e-6
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_copy_beside_add_relu_moves_as_many_bytes(monkeypatch):
+    moved = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b: moved.append(2 * b.nbytes) or copy(a, b))
+    row = kernels.time_add_relu(8, 6, 3, torch.float32, "cpu")
+    assert row["bytes"] in moved and kernels.COPY in row["ms"] and kernels.COPY not in row["error"]
+
+
+def test_a_racer_takes_part(monkeypatch):
+    monkeypatch.setattr(kernels, "RACERS", [lambda work: {"racer": work.ours, "wrong": lambda: work.ours() + 1}])
+    row = kernels.time_layer(LAST, 2, torch.float32, "cpu")
+    assert "racer" in row["ms"] and "wrong" not in row["ms"] and row["error"]["wrong"] > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_is_checked_and_timed(dtype):
     row = kernels.time_layer(LAST, 3, dtype, "cpu")
-    assert set(row["ms"]) == {"torch", "torch convolution alone", "ours", "ours, cpu"}
-    assert set(row["error"]) == set(row["ms"]) - {"torch convolution alone"}
+    assert set(row["ms"]) == {"torch", kernels.CONVOLUTION, "ours", "ours, cpu"}
+    assert set(row["error"]) == set(row["ms"]) - {kernels.CONVOLUTION}
     assert row["flops"] == 2 * 3 * 25 * 16 * 16 and row["fraction_of_bound"] > 0
 
 
@@ -98,11 +123,11 @@ def test_a_wrong_way_is_not_timed(monkeypatch):
     right, right_sum = kernels.conv_bn_relu, kernels.add_relu
     monkeypatch.setattr(kernels, "conv_bn_relu", lambda **arguments: right(**arguments) * 1.01)
     row = kernels.time_layer(LAST, 2, torch.float32, "cpu")
-    assert set(row["ms"]) == {"torch", "torch convolution alone"} and row["error"]["ours"] > 1e-3
+    assert set(row["ms"]) == {"torch", kernels.CONVOLUTION} and row["error"]["ours"] > 1e-3
     assert "fraction_of_bound" not in row
     monkeypatch.setattr(kernels, "add_relu", lambda a, b: right_sum(a, b) + 1)
     row = kernels.time_add_relu(8, 5, 2, torch.float32, "cpu")
-    assert set(row["ms"]) == {"torch"} and row["error"]["ours"] == float("inf")
+    assert set(row["ms"]) == {"torch", kernels.COPY} and row["error"]["ours"] == float("inf")
 
 
 def test_a_way_that_fails_is_told(monkeypatch):
@@ -124,11 +149,13 @@ def test_gpu_rows(dtype):
     paths = ["ours, triton descriptors", "ours, triton pointers"]
     if not configs.has_descriptors(shared.target_of(torch.empty(1, device="cuda"))):
         paths = ["ours, triton"]
-    stock, ours = ["torch", "cudnn fused"], ["ours", "ours, cuda"]
-    assert set(layer["ms"]) == {*stock, kernels.ALONE, *ours, *paths}
+    stock, ours = ["torch", "cudnn fused"], ["ours", "ours, cuda", "ours, cudnn"]
+    assert set(layer["ms"]) == {*stock, kernels.CONVOLUTION, kernels.PRODUCT, *ours, *paths}
     # The shortcut of this end has 8 channels, fewer than a step through a descriptor.
     assert set(end["ms"]) == {*stock, *ours, "ours, triton", "ours, triton in two calls"}
-    assert set(first["ms"]) == {*stock, "ours", "ours, triton", "ours, triton in two calls"}
+    assert set(first["ms"]) == {*stock, "ours", "ours, cuda", "ours, triton", "ours, triton in two calls"}
     rows = [time(64, 14, 16, dtype, "cuda") for time in (kernels.time_max_pool, kernels.time_avg_pool)]
-    assert all(set(row["ms"]) == {"torch", "ours", "ours, triton"} for row in rows)
-    assert all(0 < ms < 5 for row in (*rows, end, first, layer) for ms in row["ms"].values())
+    assert all(set(row["ms"]) == {"torch", "ours", "ours, cuda", "ours, triton"} for row in rows)
+    added = kernels.time_add_relu(64, 14, 16, dtype, "cuda")
+    assert set(added["ms"]) == {"torch", kernels.COPY, "ours", "ours, cuda", "ours, triton"}
+    assert all(0 < ms < 5 for row in (*rows, added, end, first, layer) for ms in row["ms"].values())

@@ -1,9 +1,11 @@
 """conv_bn_relu on CUDA: on a GPU, and what can be judged without one. The problems are those of test_conv_bn_relu.py."""
 
+import re
 import sys
 
 import pytest
 import torch
+from checkout import ROOT
 from checks import assert_accurate, assert_same_special_values
 from test_conv_bn_relu import (
     BAD,
@@ -22,7 +24,8 @@ import resnet_fast
 from resnet_fast import choose
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
-GPU_BACKENDS = ("cuda", "triton")
+GPU_BACKENDS = ("cuda", "cudnn", "triton")
+IN_TF32 = ("cuda", "triton")  # what these do to float32 operands, of whatever size
 
 
 def on_gpu(tensors):
@@ -44,7 +47,7 @@ def assert_right_on_gpu(tensors, how, backend):
     with resnet_fast.use_backend(backend):
         out = conv_bn_relu(**tensors, **how)
     stock = [conv_bn_relu_ref(**t, **how) for t in (tensors, in_channels_last(tensors))]
-    if backend == "triton" and out.dtype == torch.float32:
+    if backend in IN_TF32 and out.dtype == torch.float32:
         stock.append(in_tf32(tensors, how))
     assert_accurate(out, conv_bn_relu_ref(**in_double(tensors), **how), stock)
     assert out.stride() == torch.empty(out.shape, memory_format=torch.channels_last).stride()
@@ -134,28 +137,36 @@ def test_gpu_batch_0_and_numbers_for_pairs():
 
 
 def test_choice_on_cuda(monkeypatch):
-    """By shape alone, so that it can be asked without a GPU."""
+    """By shape and architecture alone, so that it can be asked without a GPU."""
 
-    def chosen(n, c, size, k, kernel, stride=1, groups=1, residual=False, relu=True, dtype=torch.bfloat16):
+    def chosen(n, c, size, k, kernel, stride=1, groups=1, residual=False, relu=True, dtype=torch.bfloat16, on="sm_90"):
         x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
         weight = torch.empty(k, c // groups, kernel, kernel, dtype=dtype, device="meta")
-        return choose.choose_on_cuda(x, weight, [stride] * 2, groups, residual, relu)
+        return choose.choose_on_cuda(x, weight, [stride] * 2, groups, residual, relu, architecture=on)
 
-    for has_triton, triton in ((True, "triton"), (False, "cuda")):
+    for has_triton, triton in ((True, "triton"), (False, "cudnn")):
         monkeypatch.setattr(choose, "_triton_takes_cuda", lambda has_triton=has_triton: has_triton)
         assert chosen(256, 3, 224, 64, 7, 2) == triton
         assert chosen(256, 64, 56, 256, 1, relu=False) == triton
         assert chosen(256, 64, 56, 256, 1, residual=True) == triton
-        assert chosen(1, 3, 224, 64, 7, 2) == "cuda"
-        assert chosen(256, 3, 224, 64, 7, 2, dtype=torch.float32) == "cuda"
-        assert chosen(256, 64, 56, 64, 3) == "cuda"
-        assert chosen(256, 64, 56, 64, 1, groups=2, relu=False) == "cuda"
-        assert choose.choose_for_large(2**31 - 1) == "cuda"
+        assert chosen(1, 3, 224, 64, 7, 2) == "cudnn"
+        assert chosen(256, 3, 224, 64, 7, 2, dtype=torch.float32) == "cudnn"
+        assert chosen(256, 64, 56, 64, 3) == "cudnn"
+        assert chosen(256, 64, 56, 64, 1, groups=2, relu=False) == "cudnn"
+        assert chosen(256, 3, 224, 64, 7, 2, on="sm_80") == "cudnn"  # nothing was measured there
+        assert choose.choose_for_large(2**31 - 1) == "cudnn"
         assert choose.choose_for_large(2**31) == ("triton" if has_triton else "reference")
 
 
-@pytest.fixture
-def cuda_stand_in(monkeypatch):
+def test_tiles_of_the_cuda_kernel():
+    """The table in Python names what the header declares, in its order, which is how the operator counts them."""
+    header = (ROOT / "csrc" / "cuda" / "conv_bn_relu_sm80.h").read_text()
+    names = re.search(r"enum class ConvTile \{(.*?)\};", re.sub("//.*", "", header), re.DOTALL)[1]
+    assert tuple(name.strip() for name in names.split(",")) == (*choose.CUDA_TILES, "count")
+
+
+@pytest.fixture(params=("cuda", "cudnn"))
+def cuda_stand_in(request, monkeypatch):
     """What the operator does on CUDA, on CPU tensors: the C++ operator is replaced by torch's, which as bluntly refuses
     what it cannot run. Counts its calls."""
     module = sys.modules["resnet_fast.ops.conv_bn_relu"]
@@ -169,8 +180,9 @@ def cuda_stand_in(monkeypatch):
         module.check_conv_args(input, weight, *rest[:6], stride, padding, dilation, rest[9])
         return conv_bn_relu_ref(input, weight, *rest).contiguous(memory_format=torch.channels_last)
 
-    monkeypatch.setattr(module, "_op_cuda", op_cuda)
-    monkeypatch.setattr(module, "choose", lambda *_: choose.Choice("cuda", "cuDNN", "stand-in"))
+    monkeypatch.setitem(module._ops_cuda, request.param, op_cuda)
+    monkeypatch.setattr(module, "choose", lambda *_: choose.Choice(request.param, "stand-in", ""))
+    monkeypatch.setattr(module, "choose_on_cuda", lambda *_: request.param)
     return calls
 
 
@@ -202,5 +214,11 @@ def test_gpu_more_elements_than_32_bits_count():
         for part in (slice(0, 2), slice(n - 2, n)):
             with resnet_fast.use_backend("triton"):
                 assert torch.equal(out[part], conv_bn_relu(**{**tensors, "input": tensors["input"][part]}, **how))
-        with resnet_fast.use_backend("cuda"), pytest.raises(RuntimeError, match="2\\^31"):
+        with resnet_fast.use_backend("cudnn"), pytest.raises(RuntimeError, match="2\\^31"):
             conv_bn_relu(**tensors, **how)
+        del out
+        with resnet_fast.use_backend("cuda"):
+            out = conv_bn_relu(**tensors, **how)
+            for part in (slice(0, 2), slice(n - 2, n)):
+                few = conv_bn_relu(**{**tensors, "input": tensors["input"][part]}, **how)
+                assert torch.equal(out[part], few)  # every tile adds up in the same order

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from checks import LAYOUTS, assert_accurate, assert_same_special_values
 from test_conv_bn_relu import DTYPES, VECTORS, in_channels_last, in_double, problem, winograd_tile
-from test_conv_bn_relu_cuda import on_gpu
+from test_conv_bn_relu_cuda import GPU_BACKENDS, IN_TF32, on_gpu
 from torch.library import opcheck
 from winograd import LARGEST_ERROR
 
@@ -534,15 +534,16 @@ def test_kernels_in_words(choice):
 
 
 def test_choice():
-    assert all("conv_bn_relu_projection" in b.operators for b in resnet_fast.backends().values() if b.name != "cuda")
+    assert all("conv_bn_relu_projection" in b.operators for b in resnet_fast.backends().values())
     assert "two fused convolutions" in choose.choose("conv_bn_relu_projection", "cpu", torch.float32).reason
     assert choose.choose("conv_bn_relu_projection", "cpu", torch.float64).backend == "reference"
     assert choose.choose("conv_bn_relu_projection", "xpu", torch.float32).backend == "reference"
-    assert choose.kernel_name("conv_bn_relu_projection", "cuda", torch.float32).startswith("cuDNN")
+    assert choose.kernel_name("conv_bn_relu_projection", "cudnn", torch.float32).startswith("cuDNN")
+    assert choose.kernel_name("conv_bn_relu_projection", "cuda", torch.float32) == "CUDA C++"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", (None, "cuda", "triton"))
+@pytest.mark.parametrize("backend", (None, *GPU_BACKENDS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_gpu_is_right(case, dtype, backend):
@@ -551,7 +552,7 @@ def test_gpu_is_right(case, dtype, backend):
     with resnet_fast.use_backend(backend):
         out = conv_bn_relu_projection(**tensors, **how)
     stock = [conv_bn_relu_projection_ref(**t, **how) for t in (tensors, in_channels_last(tensors))]
-    if backend == "triton" and dtype == torch.float32:
+    if backend in IN_TF32 and dtype == torch.float32:
         stock.append(in_tf32(tensors, how))
     assert_accurate(out, conv_bn_relu_projection_ref(**in_double(tensors), **how), stock)
     assert out.stride() == torch.empty(out.shape, memory_format=torch.channels_last).stride()
@@ -565,7 +566,7 @@ def in_tf32(tensors, how):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", (None, "cuda", "triton"))
+@pytest.mark.parametrize("backend", (None, *GPU_BACKENDS))
 def test_gpu_inside_a_cuda_graph(backend):
     tensors, how = block(main=dict(c=64), k=64, dtype=torch.bfloat16)
     tensors = on_gpu(tensors)

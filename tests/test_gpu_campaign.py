@@ -13,11 +13,12 @@ import pytest
 from checkout import ROOT, copy_sources
 
 from resnet_fast import _C
+from resnet_fast.choose import CUDA_TILES
 
 pytest.importorskip("torchvision")
 
 CAMPAIGN = ROOT / "benchmarks" / "gpu_campaign.py"
-STEPS = ["build", "doctor", "test", "peers", "kernels", "models", "tune", "train", "profile"]
+STEPS = ["build", "doctor", "primitives", "sanitizer", "test", "peers", "kernels", "models", "tune", "train", "profile"]
 # The smallest of everything, in the program's own options.
 SMALL = ["--device", "cpu", "--models", "resnet18", "--batch", "1", "--rounds", "1", "--peers", "torch",
          "--tests", "tests/test_checks.py", "--layers", "1x1 256->512"]  # fmt: skip
@@ -33,11 +34,14 @@ def rows(out):
 
 
 def test_dry_run_names_every_step_and_writes_nothing(tmp_path):
-    result = run("--out", str(tmp_path / "out"), "--steps", "all", "--dry-run")
+    result = run("--out", str(tmp_path / "out"), "--steps", "all", "--dry-run", "--cutlass")
     assert result.returncode == 0, result.stderr
     assert list(dict.fromkeys(line.split()[0] for line in result.stdout.splitlines()[:-1])) == STEPS
     assert "torch.compile max-autotune" in result.stdout and "tensorrt" in result.stdout
     assert "42 convolutions and 11 operators on maps, bfloat16 batch 256" in result.stdout
+    assert "CUTLASS's convolutions, built first" in result.stdout
+    assert "memcheck on benchmarks/sanitizer_cases.py" in result.stdout
+    assert f"{len(CUDA_TILES)} tiles of the CUDA C++ convolution" in result.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -46,7 +50,7 @@ def campaign(tmp_path_factory):
     """Every step but build on the CPU, and what was printed."""
     out = tmp_path_factory.mktemp("campaign")
     steps = ",".join(STEPS[1:])
-    result = run("--out", str(out), "--steps", steps, "--dtype", "float32", *SMALL)
+    result = run("--out", str(out), "--steps", steps, "--dtype", "float32", *SMALL, RESNET_FAST_CUTLASS="1")
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
@@ -63,7 +67,8 @@ def test_every_step_runs_on_the_cpu(campaign):
     assert {"torch", "ours", "ours, cpu"} <= set(end["ms"]) and end["flops"] > layer["flops"]
     assert found["resnet18, batch 1, float32, channels_last, cpu"]["error"] < 1e-4
     assert found["resnet18, batch 1, float32, resnet_fast"]["loss"] >= 0  # one image is learnt at once
-    for name in ("batch_norm_relu", "Triton tiles", "ncu", "compute-sanitizer"):
+    absent = ("primitives", "memcheck", "racecheck", "CUTLASS", "CUDA C++ tiles", "Triton tiles", "ncu")
+    for name in (*absent, "batch_norm_relu", "compute-sanitizer"):
         assert found[name]["absent"] and any(name in ln and "absent: " in ln for ln in text.splitlines())
     cell = json.loads((out / "peers.json").read_text())["cells"][0]
     assert set(cell["peers"]) == {"resnet_fast", "torch"} and cell["peers"]["torch"]["running_rss_mb"] > 100
@@ -107,6 +112,59 @@ def test_a_failure_is_a_row_and_the_campaign_goes_on(tmp_path):
     assert "FAILED: ValueError: --peers must be of resnet_fast, resnet_fast module, torch," in result.stdout
     assert [row["step"] for row in rows(tmp_path)][-1] == "test"
     assert "## Failed" in (tmp_path / "REPORT.md").read_text()
+
+
+@pytest.fixture
+def cuda_steps(monkeypatch):
+    """The module of the steps for the CUDA C++ kernels."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import campaign_cuda
+
+    return campaign_cuda
+
+
+@pytest.mark.parametrize(
+    ("summary", "code", "errors", "message"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, 0, None),
+        ("ERROR SUMMARY: 3 errors", 9, 3, "exit code 9, 3 errors (see sanitizer_memcheck.txt)"),
+        ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, 1, "exit code 0, 1 errors"),
+        ("sanitizer_cases.py: wrong", 1, None, "exit code 1, None errors"),
+    ],
+)
+def test_what_compute_sanitizer_says_is_a_row(cuda_steps, tmp_path, summary, code, errors, message):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho \"$@ caching $PYTORCH_NO_CUDA_MEMORY_CACHING\"\necho '{summary}'\nexit {code}\n")
+    tool.chmod(0o755)
+    campaign = SimpleNamespace(out=tmp_path, seconds_left=lambda: 60.0)
+    row = cuda_steps.sanitized(campaign, "memcheck", str(tool))
+    assert row["errors"] == errors and row["tail"].strip().endswith(summary)
+    assert "--tool memcheck --error-exitcode 9" in row["tail"] and "sanitizer_cases.py caching 1" in row["tail"]
+    assert (message is None and "error_message" not in row) or row["error_message"].startswith(message)
+
+
+def test_primitives_that_were_not_tried_are_no_proof(cuda_steps, tmp_path, monkeypatch):
+    campaign = SimpleNamespace(out=tmp_path, seconds_left=lambda: 60.0)
+    for text, passes in (("def test_a(): pass", True), ("import pytest\ndef test_a(): pytest.skip()", False)):
+        file = tmp_path / "test_primitives.py"
+        file.write_text(text.replace("def", "import pytest\n@pytest.mark.gpu\ndef"))
+        monkeypatch.setattr(cuda_steps, "PRIMITIVES", str(file))
+        if passes:
+            assert "1 passed" in cuda_steps._primitives(campaign)["summary"]
+        else:
+            with pytest.raises(RuntimeError, match="1 skipped"):
+                cuda_steps._primitives(campaign)
+
+
+def test_the_tile_of_a_class_is_the_one_that_takes_the_models_the_least_time(cuda_steps):
+    first = {"now": 3.0, "m128n128": 3.0, "m128n64": 2.0, "m64n64": 1.0}  # of a layer that runs twice
+    second = {"now": 4.0, "m128n128": 1.0, "m128n64": 9.0}
+    row = cuda_steps.best_tile("3x3 64->64 s1 @56", [(2, first, {}), (1, second, {"m64n64": "does not take it"})])
+    assert row["tile"] == "m128n128" and row["ms"] == {"best": 7.0, "now": 10.0} and row["subjects"] == 2
+    assert json.loads("{" + row["entry"] + "}") == {"3x3 64->64 s1 @56": "m128n128"}
+    assert list(row["candidates"]) == ["m128n128", "m128n64"]
+    with pytest.raises(RuntimeError, match="no tile runs"):
+        cuda_steps.best_tile("3x3", [(1, {}, {"m64n64": "wrong"})])
 
 
 def table_of(rows, name):

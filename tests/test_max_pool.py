@@ -246,6 +246,22 @@ def test_every_level(level):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", (None, "cuda"))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_equals_torch(dtype):
-    assert_equals_torch(torch.randn(2, 19, 13, 12, device="cuda").to(dtype), **STEM)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_gpu_equals_torch(geometry, dtype, backend):
+    how = dict(GEOMETRIES[geometry])
+    x = torch.randn(how.pop("shape"), device="cuda").to(dtype)
+    x.view(-1)[::50] = float("nan")
+    with resnet_fast.use_backend(backend):
+        for format in (torch.channels_last, torch.contiguous_format):
+            assert_equals_torch(x.contiguous(memory_format=format), **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", (None, "cuda"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_channels(dtype, backend):
+    with resnet_fast.use_backend(backend):
+        for c in CHANNELS:
+            assert_equals_torch(torch.randn(2, c, 9, 7, device="cuda").to(dtype), **STEM)

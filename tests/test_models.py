@@ -565,6 +565,6 @@ def test_on_a_gpu(name, dtype, x):
         layouts.append(relative_rms(stock(x.contiguous(memory_format=torch.channels_last)), ref))
         assert ref.isfinite().all() and ref.std() > 0.01
         assert all(fused(ours))
-        for backend in (None, "triton", "cuda"):
+        for backend in (None, "triton", "cuda", "cudnn"):
             with resnet_fast.use_backend(backend):
                 assert relative_rms(ours(x), ref) <= 2 * max(layouts) + UNIT_ROUNDOFF[dtype]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import backends, triton_interpreted, use_backend
+from ..backends import backends, cuda_emulated, triton_interpreted, use_backend
 from ..measure import interleaved, relative_rms
 from ..ops import add_relu, avg_pool_flatten, conv_bn_relu, conv_bn_relu_max_pool, conv_bn_relu_projection, max_pool
 from . import limits
@@ -23,9 +23,11 @@ from .peers import graphed
 
 EPS = 1e-5
 POOL = (3, 2, 1)  # kernel_size, stride and padding of a ResNet's max-pooling
-ALONE = "torch convolution alone"  # timed though it computes less than the others
+CONVOLUTION, PRODUCT, COPY = "torch convolution alone", "cuBLAS alone", "copy of the same bytes"
+ALONE = (CONVOLUTION, PRODUCT, COPY)  # timed though they compute less than the others
 CHECKED_IMAGES = 8  # of a batch are compared with float64
 Calls = dict[str, Callable[[], Tensor]]
+RACERS: list[Callable[[Problem], Calls]] = []  # what a benchmark adds: more ways to run a fused convolution
 
 
 def checked(t: Tensor) -> Tensor:
@@ -76,6 +78,19 @@ class Problem:
     def reference(self) -> Tensor:
         return self.eager(self.in_double())
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """`folded` of this layer."""
+        t = self.tensors
+        return folded(t["weight"], t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"], EPS)
+
+    def product(self) -> Callable[[], Tensor] | None:
+        """What a 1x1 convolution with stride 1 comes down to: maps as [N H W, C] times the weight as [C, K]."""
+        if self.layer.kernel != 1 or self.layer.stride != 1 or self.layer.groups != 1:
+            return None
+        x = self.tensors["input"].permute(0, 2, 3, 1).reshape(-1, self.layer.channels)
+        weight = self.tensors["weight"].reshape(self.layer.filters, self.layer.channels).t()
+        return lambda: _product(x, weight)
+
     def cudnn(self) -> Callable[..., Tensor]:
         """`cudnn_fused` of this layer."""
         t, n = self.tensors, self.numbers
@@ -84,10 +99,15 @@ class Problem:
 
     def others(self) -> Calls:
         t = self.tensors
-        calls = {"torch": lambda: self.eager(t), ALONE: lambda: self.convolution(t)}
-        if t["input"].is_cuda and self.numbers["relu"]:
-            fused = self.cudnn()
-            calls["cudnn fused"] = lambda: fused(t["input"], t["residual"])
+        calls = {"torch": lambda: self.eager(t), CONVOLUTION: lambda: self.convolution(t)}
+        if t["input"].is_cuda:
+            if product := self.product():
+                calls[PRODUCT] = product
+            if self.numbers["relu"]:
+                fused = self.cudnn()
+                calls["cudnn fused"] = lambda: fused(t["input"], t["residual"])
+        for racer in RACERS:
+            calls |= racer(self)
         return calls
 
 
@@ -302,12 +322,17 @@ def uses_descriptors(call: Callable[[], Tensor]) -> bool:
     return False
 
 
+def simulated(backend: str) -> bool:
+    """Whether its kernels for a GPU run on the CPU here, so that their times say nothing."""
+    return (backend == "triton" and triton_interpreted()) or (backend == "cuda" and cuda_emulated())
+
+
 def _our_ways(operator: str, device: str, call: Callable[[], Tensor]) -> Calls:
-    """As the chooser has it, and on every backend by itself; Triton's interpreter would measure Python."""
+    """As the chooser has it, and on every backend by itself."""
     ways = {"ours": call}
     for name, backend in backends().items():
         here = device in backend.devices and operator in backend.operators
-        if here and name != "reference" and not (name == "triton" and triton_interpreted()):
+        if here and name != "reference" and not simulated(name):
             ways[f"ours, {name}"] = forced(name, call)
     return ways
 
@@ -320,6 +345,31 @@ def _in_triton(work: Work, call: Callable[[], Tensor]) -> Calls:
     if work.in_two_calls is not None:
         ways["ours, triton in two calls"] = forced("triton", work.in_two_calls)
     return ways
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b; float32 as TF32 on a GPU, as torch's convolutions have it by default."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return torch.mm(a, b)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def folded(
+    weight: Tensor,  # [K, C / groups, R, S]
+    bn_weight: Tensor,  # [K], as the following three
+    bn_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight, channels_last, and bias of the convolution with BatchNorm folded into it, in the weight's dtype."""
+    scale = bn_weight.float() / (running_var.float() + eps).sqrt()
+    bias = (bn_bias.float() - running_mean.float() * scale).to(weight.dtype)
+    scaled = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    return scaled.contiguous(memory_format=torch.channels_last), bias
 
 
 def cudnn_fused(
@@ -337,17 +387,15 @@ def cudnn_fused(
     """A function of an input and a residual or None: cuDNN's convolution + bias (+ residual) + ReLU, with BatchNorm
     folded into weight and bias beforehand. Without a ReLU, which the fused operators always have, there is no residual
     and torch adds the bias."""
-    scale = bn_weight.float() / (running_var.float() + eps).sqrt()
-    bias = (bn_bias.float() - running_mean.float() * scale).to(weight.dtype)
-    folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = folded(weight, bn_weight, bn_bias, running_mean, running_var, eps)
     geometry = (stride, padding, [1, 1], groups)
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not relu:
-            return F.conv2d(x, folded, bias, *geometry)
+            return F.conv2d(x, weight, bias, *geometry)
         if residual is None:
-            return torch.cudnn_convolution_relu(x, folded, bias, *geometry)
-        return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, *geometry)
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
     return call
 
@@ -412,7 +460,7 @@ def _row(
         except Exception as failure:  # Triton's compiler has errors of its own
             error[way] = one_line(failure)
             continue
-        if way != ALONE:
+        if way not in ALONE:
             error[way] = error_of(out)
         if error.get(way, 0.0) < tolerance(device, dtype):  # so that NaN is not timed
             right[way] = call
@@ -445,9 +493,12 @@ def _is_equal_to(reference: Tensor) -> Callable[[Tensor], float]:
 
 @torch.no_grad()
 def time_add_relu(channels: int, size: int, batch: int, dtype: torch.dtype, device: str) -> dict:
-    """Every way to run add_relu, checked bit for bit: a row of results."""
+    """Every way to run add_relu, checked bit for bit: a row of results. A copy that moves as many bytes (3 of 2 maps
+    and a result, half of them read) is as fast as it could be."""
     a, b = (_map(channels, size, batch, dtype, device) for _ in range(2))
-    calls = {"torch": lambda: torch.relu(a + b)} | _our_ways("add_relu", device, lambda: add_relu(a, b))
+    source, target = torch.zeros(2, 3 * a.numel() // 2, dtype=dtype, device=device)
+    calls = {"torch": lambda: torch.relu(a + b), COPY: lambda: target.copy_(source)}
+    calls |= _our_ways("add_relu", device, lambda: add_relu(a, b))
     return _row(limits.add_relu_kernel(channels, size), calls, _is_equal_to(torch.relu(a + b)), batch, dtype, device)
 
 

@@ -27,7 +27,10 @@ WORST = 10
 # Of many cells, those that the README shows in full.
 _HEADLINE_MODELS, _HEADLINE_BATCHES, _MANY = ("resnet18", "resnet50"), (1, 8), 12
 _LONGEST = 80  # characters of a reason
-TILES = "The fastest candidate for each entry of kernels/configs.py, over the models' convolutions that take it."
+TILES = (
+    "The fastest candidate for each entry of kernels/configs.py, over the models' convolutions that take it; for CUDA "
+    "C++ the fastest tile of each class of layers."
+)
 RATIOS = "Every model: the fastest other's time over ours (which one that is); below 1 it is faster."
 BLOCKS = (
     "Blocks and operators, each row by itself (`pytest benchmarks`): milliseconds of ours (time of torch / of torch "
