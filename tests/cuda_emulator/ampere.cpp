@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "emulated_ptx.h"
+#include "emulated_runtime.h"
+#include "hopper.h"
 
 namespace emulator {
 
@@ -83,6 +85,7 @@ void land(const Copy& copy) {
     memset(copy.to, 0, 16);
   }
   emulator::note_write(copy.to, 16);
+  emulator::note_generic_write(copy.to, 16);
 }
 
 // A thread's copies that have not landed, by group; the last one is still open.
@@ -106,11 +109,16 @@ const bool registered = [] {
   return true;
 }();
 
+void land_pending(const Copy& copy) {
+  emulator::end_writes(copy.to, 16);
+  land(copy);
+}
+
 // With Landing::random any of the thread's copies may land at any of its cp.async instructions.
 void land_some() {
   for (auto& group : mine().groups)
     while (!group.empty() && emulator::happens_now()) {
-      land(group.back());
+      land_pending(group.back());
       group.pop_back();
     }
 }
@@ -122,6 +130,7 @@ void cp_async_16(uint32_t to, const void* from, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp.async from a misaligned address");
   emulator::note_shared(copy.to, 16);
   if (emulator::lands_early()) return land(copy);
+  emulator::begin_writes(copy.to, 16, "cp.async");
   emulator::note_write(copy.to, 16);
   emulator::poison(copy.to, 16);
   mine().groups.back().push_back(copy);
@@ -136,7 +145,7 @@ void cp_async_commit() {
 void cp_async_wait_groups(int n) {
   auto& groups = mine().groups;
   while (int(groups.size()) - 1 > n) {
-    for (const Copy& copy : groups.front()) land(copy);
+    for (const Copy& copy : groups.front()) land_pending(copy);
     groups.pop_front();
   }
   land_some();
@@ -195,8 +204,7 @@ void multiply(const void* const in[32], void* const out[32], Value value) {
     for (int k = 0; k < depth; ++k)
       for (int n = 0; n < 8; ++n) c[row][n] += a[row][k] * b[k][n];
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i)
-      static_cast<float*>(out[lane])[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) static_cast<float*>(out[lane])[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 void mma(const char* name, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulator::Collective run) {

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_emulator"
-ENGINE = tuple(HERE / name for name in ("engine.cpp", "ampere.cpp"))
+ENGINE = tuple(HERE / name for name in ("engine.cpp", "ampere.cpp", "hopper.cpp", "tma.cpp", "wgmma.cpp"))
 
 # Kernels read values as integers and back, as nvcc allows.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-g1", "-Wall", "-Wno-unknown-pragmas"]

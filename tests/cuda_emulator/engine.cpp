@@ -13,6 +13,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef EMULATOR_TSAN
@@ -25,6 +26,8 @@ void __tsan_acquire(void*);
 void __tsan_release(void*);
 void __tsan_read_range(void*, unsigned long);
 void __tsan_write_range(void*, unsigned long);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
 }
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -72,6 +75,8 @@ Block block;
 
 namespace {
 
+int unseen_depth = 0;  // of the running thread or agent
+
 constexpr size_t stack_bytes = 256 * 1024;
 
 enum class State { ready, at_barrier, in_collective, waiting, done };
@@ -106,6 +111,8 @@ struct NamedBarrier {
 struct Async {
   std::function<void()> land;
   const char* what;
+  bool may_outlive_block;
+  std::unique_ptr<Agent> agent;
 };
 
 struct Engine {
@@ -254,12 +261,21 @@ void flush_accesses(int warp) {
     if (lane != nullptr) lane->accesses.clear();
 }
 
+void land(Async& a) {
+  Engine& e = engine();
+  ++e.events;
+  a.agent->run([&] {
+    a.land();
+    note_release(&e.context);  // the end of the block comes after it
+  });
+}
+
 void land(size_t i) {
   Engine& e = engine();
+  Unseen unseen;
   Async a = std::move(e.async[i]);
   e.async.erase(e.async.begin() + i);
-  ++e.events;
-  a.land();
+  land(a);
 }
 
 void release_barrier() {
@@ -341,22 +357,84 @@ void run_block() {
   note_release(&e.body);
   static std::vector<Fiber*> ready;
   while (e.alive > 0 && !e.failed) step(ready);
+  for (size_t i = 0; i < e.async.size() && !e.failed;)
+    if (e.async[i].may_outlive_block)
+      land(i);
+    else
+      ++i;
   note_acquire(&e.context);
   for (size_t w = 0; w < e.warps.size(); ++w) flush_accesses(int(w));
   if (!e.failed)
     for (auto function : e.block_end) function();
   if (!e.failed && !e.async.empty()) fail("the block ended before %s was complete", e.async.front().what);
-#ifdef EMULATOR_TSAN
-  if (e.failed)
-    for (int i = 0; i < e.threads; ++i)
-      if (e.fibers[i]->state != State::done) __tsan_destroy_fiber(e.fibers[i]->tsan);
-#endif
 }
 
 }  // namespace
 
+#ifdef EMULATOR_TSAN
+namespace {
+
+struct Seen {
+  Seen() {
+    for (int i = 0; i < unseen_depth; ++i) __tsan_ignore_thread_end();
+  }
+  ~Seen() {
+    for (int i = 0; i < unseen_depth; ++i) __tsan_ignore_thread_begin();
+  }
+};
+}  // namespace
+
+Unseen::Unseen() {
+  ++unseen_depth;
+  __tsan_ignore_thread_begin();
+}
+Unseen::~Unseen() {
+  --unseen_depth;
+  __tsan_ignore_thread_end();
+}
+
+Agent::Agent() { fiber_ = __tsan_create_fiber(0); }
+Agent::~Agent() { __tsan_destroy_fiber(fiber_); }
+
+void Agent::run(const std::function<void()>& work) {
+  struct Switched {
+    void* back = __tsan_get_current_fiber();
+    int depth = std::exchange(unseen_depth, 0);
+    ~Switched() {
+      __tsan_switch_to_fiber(back, 1);
+      unseen_depth = depth;
+    }
+  } switched;
+  __tsan_switch_to_fiber(fiber_, 1);
+  Unseen unseen;
+  work();
+}
+
+void note_read(const void* address, size_t bytes) {
+  Seen seen;
+  __tsan_read_range(const_cast<void*>(address), bytes);
+}
+void note_write(void* address, size_t bytes) {
+  Seen seen;
+  __tsan_write_range(address, bytes);
+}
+void note_release(const void* object) { __tsan_release(const_cast<void*>(object)); }
+void note_acquire(const void* object) { __tsan_acquire(const_cast<void*>(object)); }
+#else
+Unseen::Unseen() {}
+Unseen::~Unseen() {}
+Agent::Agent() {}
+Agent::~Agent() { (void)fiber_; }
+void Agent::run(const std::function<void()>& work) { work(); }
+void note_read(const void*, size_t) {}
+void note_write(void*, size_t) {}
+void note_release(const void*) {}
+void note_acquire(const void*) {}
+#endif
+
 // With a running thread its stack is left for good; without one (the scheduler itself) the loop sees `failed`.
 void fail(const char* format, ...) {
+  Unseen unseen;
   Engine& e = engine();
   char text[512], where[160];
   va_list arguments;
@@ -369,6 +447,7 @@ void fail(const char* format, ...) {
   e.message += std::string(": ") + text;
   e.failed = true;
   if (current == nullptr) throw e.failed;
+  unseen_depth = 0;
   yield();
   abort();
 }
@@ -393,9 +472,13 @@ void sync_named(int id, int count) {
   char* order = &barrier.order[barrier.generation & 1];
   note_release(order);
   barrier.count = count;
-  barrier.warps.insert(current->warp);
   const uint64_t generation = barrier.generation;
+  {
+    Unseen unseen;
+    barrier.warps.insert(current->warp);
+  }
   if (++barrier.arrived == count) {
+    Unseen unseen;
     if (int(barrier.warps.size()) * 32 != count)
       fail("bar.sync %d: %d threads of %zu warps; a warp counts whole", id, count, barrier.warps.size());
     if (!barrier.last_warps.empty() && barrier.last_warps != barrier.warps)
@@ -406,11 +489,10 @@ void sync_named(int id, int count) {
     barrier.arrived = 0;
     ++barrier.generation;
     progress();
-    preempt();
-  } else {
-    wait_until([&] { return barrier.generation != generation; }, "a named barrier");
   }
+  wait_until([&] { return barrier.generation != generation; }, "a named barrier");
   note_acquire(order);
+  preempt();
 }
 
 void wait_until(const std::function<bool()>& done, const char* what) {
@@ -450,11 +532,12 @@ void meet(const char* name, const void* in, void* out, Collective run) {
   for (int i = 0; i < 32; ++i) e.fibers[me->warp * 32 + i]->state = State::ready;
 }
 
-void launch_async(std::function<void()> land, const char* what) {
-  Engine& e = engine();
+void launch_async(std::function<void()> function, const char* what, bool may_outlive_block) {
+  Unseen unseen;
   progress();
-  if (lands_early()) return land();
-  e.async.push_back({std::move(land), what});
+  Async a{std::move(function), what, may_outlive_block, std::make_unique<Agent>()};
+  if (lands_early()) return land(a);
+  engine().async.push_back(std::move(a));
 }
 
 bool happens_now() {
@@ -467,18 +550,6 @@ bool lands_early() { return engine().options.landing == Landing::early || happen
 void note_shared(const void* address, int bytes) {
   fiber()->accesses.emplace_back(reinterpret_cast<uintptr_t>(address), bytes);
 }
-
-#ifdef EMULATOR_TSAN
-void note_read(const void* address, size_t bytes) { __tsan_read_range(const_cast<void*>(address), bytes); }
-void note_write(void* address, size_t bytes) { __tsan_write_range(address, bytes); }
-void note_release(const void* object) { __tsan_release(const_cast<void*>(object)); }
-void note_acquire(const void* object) { __tsan_acquire(const_cast<void*>(object)); }
-#else
-void note_read(const void*, size_t) {}
-void note_write(void*, size_t) {}
-void note_release(const void*) {}
-void note_acquire(const void*) {}
-#endif
 
 void poison(void* address, size_t bytes) { memset(address, 0xff, bytes); }
 
@@ -531,6 +602,8 @@ void emulator_configure(int schedule, int landing, uint64_t seed) {
 void emulator_counters(emulator::Counters* out) { *out = emulator::engine().counters; }
 
 void emulator_reset_counters() { emulator::engine().counters = {}; }
+
+const char* emulator_error_message() { return emulator::error_message(); }
 
 const char* emulator_launches() {
   auto& e = emulator::engine();

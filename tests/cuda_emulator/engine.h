@@ -72,8 +72,8 @@ using Collective = void (*)(const void* const in[32], void* const out[32]);
 void meet(const char* name, const void* in, void* out, Collective run);
 
 // `land` is called once: at once, when nothing else can go on, or any time between, as Options::landing says; on a
-// thread of its own as far as races are concerned. `what` is named should the block end before.
-void launch_async(std::function<void()> land, const char* what);
+// thread of its own as far as races are concerned. `what` is named should the block end before, unless that is allowed.
+void launch_async(std::function<void()> land, const char* what, bool may_outlive_block = false);
 
 // True, by chance, where something asynchronous may happen at this moment.
 bool happens_now();
@@ -88,6 +88,25 @@ void note_read(const void* address, size_t bytes);
 void note_write(void* address, size_t bytes);
 void note_release(const void* object);
 void note_acquire(const void* object);
+
+// For ThreadSanitizer: a thread that begins with what the calling one knows, for hardware beside the block's threads.
+class Agent {
+ public:
+  Agent();
+  ~Agent();
+  Agent(const Agent&) = delete;
+  void run(const std::function<void()>& work);
+
+ private:
+  void* fiber_ = nullptr;
+};
+
+// For ThreadSanitizer, which sees every malloc, free and memcpy: while one exists it sees of this thread only what
+// note_read and note_write say, so that the emulator's own data pass for nobody's. The thread must not wait meanwhile.
+struct Unseen {
+  Unseen();
+  ~Unseen();
+};
 
 // Fills shared memory that is not to be read with NaN (of every type).
 void poison(void* address, size_t bytes);
@@ -110,5 +129,6 @@ extern "C" {
 void emulator_configure(int schedule, int landing, uint64_t seed);
 void emulator_counters(emulator::Counters* out);
 void emulator_reset_counters();
+const char* emulator_error_message();
 const char* emulator_launches();  // the kernels launched since the last call, one name a line
 }

@@ -6,6 +6,12 @@
 
 #include "cuda_runtime.h"
 
+namespace emulator {
+// The calling thread writes to shared memory by an ordinary instruction: TMA and wgmma see it after the thread's next
+// fence.proxy.async (hopper.cpp).
+void note_generic_write(const void* address, int bytes);
+}  // namespace emulator
+
 namespace resnet_fast {
 
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(emulator::block.shared); }
@@ -21,6 +27,7 @@ template <typename V, typename T>
 void store_shared(T* p, V value) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(V) != 0) emulator::fail("a store of %zu bytes is misaligned", sizeof(V));
   emulator::note_shared(p, sizeof(V));
+  emulator::note_generic_write(p, sizeof(V));
   *reinterpret_cast<V*>(p) = value;
 }
 
