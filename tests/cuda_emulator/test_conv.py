@@ -4,6 +4,7 @@ import pytest
 import torch
 from checks import LAYOUTS, assert_accurate, assert_same_special_values
 from test_conv_bn_relu import FIRST_LAYERS, GEOMETRIES, TAILS, in_channels_last, in_double, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast.bench import layers
@@ -145,7 +146,10 @@ def test_the_same_bits_in_any_order(tile):
     assert all(torch.equal(results[0], other) for other in results)
 
 
-@pytest.mark.parametrize("layer", [x for x in layers.distinct(layers.MODELS) if x.channels // x.groups * x.filters < 2**17], ids=str)
+SMALLER_LAYERS = [x for x in layers.distinct(layers.MODELS) if x.channels // x.groups * x.filters < 2**17]
+
+
+@pytest.mark.parametrize("layer", SMALLER_LAYERS, ids=str)
 def test_layers_of_the_models(layer):
     """All but the largest, which differ from these in numbers of steps and tiles alone."""
     kernel, stride, padding = ((n, n) for n in (layer.kernel, layer.stride, layer.padding))
@@ -205,10 +209,33 @@ def test_nothing_goes_stale():
         tensors["running_var"].data.mul_(4)
 
 
+class Log(TorchDispatchMode):
+    """The names of torch's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_copied_where_channels_are_last():
+    tensors, how = integers(c=16, k=24, bias=True, residual=True, dtype=torch.bfloat16)
+    last = in_channels_last(tensors)
+    with Log() as log:
+        run_tile(last, how, None)
+    assert log.names == ["_conv_bn_relu_cuda.default"]
+    with Log() as log:
+        run_tile({**last, "weight": tensors["weight"]}, how, None)
+    assert any("clone" in name or "contiguous" in name for name in log.names), "else this test could not fail"
+
+
 def test_float32_needs_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors, how = problem()
-    with pytest.raises(RuntimeError, match="multiplies as TF32: torch.backends.cudnn.allow_tf32 is False"):
+    with pytest.raises(RuntimeError, match=r"multiplies as TF32: torch\.backends\.cudnn\.allow_tf32 is False"):
         conv_bn_relu(**tensors, **how)
 
 
@@ -218,6 +245,8 @@ def test_refusals():
         torch.ops.resnet_fast._conv_bn_relu_cuda(
             *tensors.values(), [1, 1], [1, 1], [1, 1], 1, how["eps"], True, len(CUDA_TILES)
         )
+    with pytest.raises(RuntimeError, match="fewer than 2\\^30 rows and columns"):
+        conv_bn_relu(**tensors, **{**how, "padding": [2**29, 1], "stride": [2**29, 1]})
     with pytest.raises(RuntimeError, match="weight must have 4 dimensions"):
         conv_bn_relu(**{**tensors, "weight": tensors["weight"][0]}, **how)
 
