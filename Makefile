@@ -6,8 +6,10 @@ SETUP := $(VENV)/.installed
 # Several processes of tests: most of what a test does is in one thread.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h)
+EMULATOR_FILES := $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*/*.h \
+	tests/cuda_emulator/*/*.cpp tests/cuda_emulator/*.cu tests/cuda_emulator/*/*.cu) $(wildcard benchmarks/*/*.cu)
 
-.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot triton-table test-oldest test-aarch64 sanitize cuda-check clean
+.PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-emulator triton-table test-oldest test-aarch64 sanitize cuda-check clean
 
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
@@ -46,6 +48,10 @@ test-triton: $(SETUP)
 
 test-triton-aot: $(SETUP)
 	RESNET_FAST_TEST_AOT=1 $(PYTEST) tests/triton_aot
+
+# The CUDA C++ kernels on the CPU; needs neither a GPU nor a CUDA toolkit.
+test-emulator: $(SETUP)
+	RESNET_FAST_TEST_EMULATOR=1 $(PYTEST) tests/cuda_emulator
 
 # What every Triton convolution is compiled to, for people: benchmarks/results/triton_tiles.md.
 triton-table: $(SETUP)
@@ -91,12 +97,12 @@ $(VENV)/.dev: $(SETUP)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h $(EMULATOR_FILES)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h
+	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h $(EMULATOR_FILES)
 
 # Builds the CUDA part for every default architecture (a register spill is an error) and reads its machine code.
 cuda-check: $(VENV)/.dev

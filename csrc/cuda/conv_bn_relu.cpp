@@ -24,10 +24,11 @@ Tensor conv_bn_relu_cuda(const Tensor& input,                     // [N, C, H, W
   conv.shape = checked_shape(input, weight, vectors, residual, stride, padding, dilation, groups);
   const ConvShape& f = conv.shape;
   constexpr int64_t limit = (int64_t(1) << 31) - 256;
-  STD_TORCH_CHECK(f.n * f.p * f.q < limit && f.c < limit && f.k < limit && f.h * f.w < limit &&
-                      f.r * f.s * f.c / groups < limit && groups < 65536,
-                  "conv_bn_relu: the CUDA kernel takes fewer than 2^31 - 256 output pixels, channels, and weights a "
-                  "filter, and fewer than 65536 groups");
+  bool counts = f.n * f.p * f.q < limit && f.k < limit && f.c < limit && f.r * f.s * f.c / groups < limit;
+  for (const int64_t padded : {f.h + 2 * f.padding[0], f.w + 2 * f.padding[1]}) counts = counts && padded < 1 << 30;
+  STD_TORCH_CHECK(counts && groups < 65536,
+                  "conv_bn_relu: the CUDA kernel takes fewer than 2^31 - 256 output pixels, filters, channels, and "
+                  "weights a filter, padded images of fewer than 2^30 rows and columns, and fewer than 65536 groups");
   STD_TORCH_CHECK(tile >= -1 && tile < int64_t(ConvTile::count), "conv_bn_relu: there is no tile ", tile);
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = channels_last(input), w = channels_last(weight);

@@ -12,9 +12,8 @@ import fcntl
 import hashlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,11 +40,9 @@ def torch_flags() -> dict[str, list[str]]:
     return {"flags": flags, "libraries": [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]}
 
 
-@cache
-def _headers() -> bytes:
-    found = [*HERE.glob("*.h"), *HERE.glob("include/*.h"), *KERNELS.parent.rglob("*.h"), *KERNELS.rglob("*.cuh")]
+def _digest(paths: Iterable[Path]) -> bytes:
     digest = hashlib.sha256()
-    for path in sorted(found):
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.digest()
 
@@ -91,14 +88,15 @@ def build(
     Raises RuntimeError with what the compiler says.
     """
     of_kernels, of_engine = SANITIZERS[sanitizer]
-    headers = _headers() + b"".join(p.read_bytes() for p in sorted(kernels.rglob("*.cuh")) if kernels != KERNELS)
-    jobs = [(ROOT / source, [*of_kernels, *flags, f"-I{kernels}"]) for source in sources]
-    jobs += [(source, of_engine) for source in ENGINE]
+    emulator = _digest([*HERE.glob("*.h"), *HERE.glob("include/*.h")])
+    headers = emulator + _digest([*kernels.parent.glob("*.h"), *kernels.glob("*.h"), *kernels.glob("*.cuh")])
+    jobs = [(ROOT / source, [*of_kernels, *flags, f"-I{kernels}"], headers) for source in sources]
+    jobs += [(source, of_engine, emulator) for source in ENGINE]
     BUILT.mkdir(parents=True, exist_ok=True)
     with open(BUILT / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+            objects = list(pool.map(lambda job: _object(*job), jobs))
         key = hashlib.sha256(" ".join([name, str(sanitizer), *map(str, objects), *libraries]).encode()).hexdigest()[:24]
         target = BUILT / f"{name}-{key}{'' if program else '.so'}"
         if not target.exists():

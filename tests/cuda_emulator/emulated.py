@@ -23,7 +23,8 @@ ORDERS = (("forward", "late", 1), ("reverse", "early", 1), ("random", "random", 
 
 
 class SharedMemory(ctypes.Structure):
-    """What the kernels launched since `reset_counters` did; accesses are instructions of a warp."""
+    """Thread blocks and warp-wide instructions; instructions that access shared memory, the passes that they take, and
+    the passes that they would take without bank conflicts."""
 
     _fields_ = [(n, ctypes.c_uint64) for n in ("blocks", "collectives", "accesses", "wavefronts", "best")]
 
@@ -52,12 +53,16 @@ def configure(schedule: str = "forward", landing: str = "late", seed: int = 1) -
     load().emulator_configure(SCHEDULES.index(schedule), LANDINGS.index(landing), seed)
 
 
-def shared_memory() -> SharedMemory:
-    """Counts since the last call."""
+@contextmanager
+def shared_memory() -> Iterator[SharedMemory]:
+    """Counts what the kernels do meanwhile."""
     found = SharedMemory()
-    load().emulator_counters(ctypes.byref(found))
-    load().emulator_reset_counters()
-    return found
+    load().emulator_count(1)
+    try:
+        yield found
+    finally:
+        load().emulator_counters(ctypes.byref(found))
+        load().emulator_count(0)
 
 
 @contextmanager

@@ -135,6 +135,7 @@ struct Engine {
   bool failed = false;
   std::string message, launches, launches_read;
   Counters counters{};
+  bool counting = false;
   std::vector<void (*)()> block_start, block_end, thread_exit;
   std::mutex mutex;
 };
@@ -239,6 +240,7 @@ void count_conflicts(const uintptr_t address[32], int bytes, uint32_t lanes) {
 // What the lanes of a warp have accessed since they last met.
 void flush_accesses(int warp) {
   Engine& e = engine();
+  if (!e.counting) return;
   Fiber* lanes[32] = {};
   size_t instructions = 0;
   for (int lane = 0; lane < 32 && warp * 32 + lane < e.threads; ++lane) {
@@ -548,7 +550,7 @@ bool happens_now() {
 bool lands_early() { return engine().options.landing == Landing::early || happens_now(); }
 
 void note_shared(const void* address, int bytes) {
-  fiber()->accesses.emplace_back(reinterpret_cast<uintptr_t>(address), bytes);
+  if (engine().counting) fiber()->accesses.emplace_back(reinterpret_cast<uintptr_t>(address), bytes);
 }
 
 void poison(void* address, size_t bytes) { memset(address, 0xff, bytes); }
@@ -601,7 +603,10 @@ void emulator_configure(int schedule, int landing, uint64_t seed) {
 
 void emulator_counters(emulator::Counters* out) { *out = emulator::engine().counters; }
 
-void emulator_reset_counters() { emulator::engine().counters = {}; }
+void emulator_count(int accesses_too) {
+  emulator::engine().counters = {};
+  emulator::engine().counting = accesses_too != 0;
+}
 
 const char* emulator_error_message() { return emulator::error_message(); }
 

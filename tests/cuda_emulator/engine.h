@@ -128,7 +128,7 @@ const char* error_message();
 extern "C" {
 void emulator_configure(int schedule, int landing, uint64_t seed);
 void emulator_counters(emulator::Counters* out);
-void emulator_reset_counters();
+void emulator_count(int accesses_too);  // from 0; of shared memory only if asked for, which takes a while
 const char* emulator_error_message();
 const char* emulator_launches();  // the kernels launched since the last call, one name a line
 }

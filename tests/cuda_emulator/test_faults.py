@@ -1,0 +1,117 @@
+"""Faults planted into the CUDA kernels, each an edit of the real source: every one must be seen."""
+
+import shutil
+from typing import NamedTuple
+
+import pytest
+
+from .build import BUILT, KERNELS
+from .test_sanitizers import program, run
+
+
+class Fault(NamedTuple):
+    file: str
+    text: str  # what stands in the source; gone, the fault is an error
+    wrong: str
+    case: str  # of programs/
+    # What sees it: "values" (or the emulator's own complaints) in some order of threads and copies, or a sanitizer.
+    seen_by: str = "values"
+
+
+CONV, HALO = "conv_bn_relu_sm80.cuh", "conv_bn_relu_sm80_halo.cuh"
+FAULTS = {
+    "waits for one group too few": Fault(
+        CONV, "if constexpr (aligned) ptx::cp_async_wait<Tile::stages - 2>();",
+        "if constexpr (aligned) ptx::cp_async_wait<Tile::stages - 1>();", "deep"),
+    "no barrier in the loop": Fault(
+        CONV, "    __syncthreads();  // this step is there for all, and all are done with the one", "    // the one", "deep"),
+    "copies into the place that is being read": Fault(
+        CONV, "loader.copy(ptx::shared_address(stage_a(step)), ptx", "loader.copy(ptx::shared_address(stage_a(step + 1)), ptx",
+        "deep"),
+    "no group for a step": Fault(
+        CONV, "      ptx::cp_async_commit();  // a group for every step", "      // a group for every step", "deep"),
+    "stages while operands are read": Fault(
+        CONV, "      __syncthreads();  // the rows of the pass before have been read\n", "", "3x3", "thread"),
+    "stores before all have staged": Fault(
+        CONV, "stage(accumulators, warp_column);\n      __syncthreads();", "stage(accumulators, warp_column);", "3x3"),
+    "barrier in divergent code": Fault(
+        CONV, "      if (warp_row == pass) stage(accumulators, warp_column);\n      __syncthreads();",
+        "      if (warp_row == pass) {\n        stage(accumulators, warp_column);\n        __syncthreads();\n      }", "3x3"),
+    "beyond the right border": Fault(CONV, " && unsigned(w) < unsigned(conv.w);", ";", "3x3"),
+    "above the image": Fault(CONV, "at.r < conv.r && unsigned(h) < unsigned(conv.h)", "at.r < conv.r && h < conv.h", "3x3 stride 2"),
+    "filters that do not exist": Fault(
+        CONV, "const bool ok = k < conv.filters && place.r < conv.r;", "const bool ok = place.r < conv.r;", "1x1", "address"),
+    "pixels that do not exist": Fault(
+        CONV, "    if (pixel >= conv.pixels) return {0, -(1 << 30), 0};  // nothing is inside the image\n", "", "1x1", "address"),
+    "stores pixels that do not exist": Fault(
+        CONV, "return m < conv.pixels && n0", "return n0", "1x1", "address"),
+    "stores filters that do not exist": Fault(
+        CONV, "          if (!exists(m, column() + e)) break;\n", "", "odd"),
+    "wrong swizzle": Fault(
+        CONV, "return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside",
+        "return row * Tile::row_bytes + swizzle<Tile>(row + 2, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside", "1x1"),
+    "wrong matrix of B": Fault(CONV, "2 * k + lane / 8 % 2", "2 * k + lane / 16", "1x1"),
+    "wrong rows of A": Fault(CONV, "warp_row * Tile::warp_m + threadIdx.x % 16;", "warp_row * Tile::warp_m + threadIdx.x % 8;", "1x1"),
+    "wrong tap": Fault(CONV, "(at.r * conv.s + at.s) * conv.channels", "(at.s * conv.r + at.r) * conv.channels", "3x3"),
+    "dilation of one direction": Fault(CONV, "corner.w + at.s * conv.dilation_w", "corner.w + at.s", "dilated"),
+    "channels of the first group": Fault(
+        CONV, "x(static_cast<const T*>(conv.x) + group * conv.channels),", "x(static_cast<const T*>(conv.x)),", "groups"),
+    "filters of the first group": Fault(
+        CONV, "const int k = group * conv.filters + n0 + i;", "const int k = n0 + i;", "groups"),
+    "channels of the next pixel": Fault(
+        CONV, "at.c < conv.channels ? address(at) : nullptr", "address(at)", "odd"),
+    "a step too few": Fault(
+        "conv_bn_relu_sm80_launch.cuh", "(depth + per_step - 1) / per_step", "depth / per_step", "deep"),
+    "row of the wrong lane": Fault(
+        CONV, "store_shared(to + 8 * Tile::staging_columns", "store_shared(to + 4 * Tile::staging_columns", "1x1"),
+    "residual of the pass before": Fault(
+        CONV, "load_residual(residual, m0 + pass * Tile::warp_m);", "load_residual(residual, m0);", "3x3"),
+    "halo: waits for one group too few": Fault(
+        HALO, "    ptx::cp_async_wait<Tile::stages - 2>();", "    ptx::cp_async_wait<Tile::stages - 1>();", "halo"),
+    "halo: no barrier in the loop": Fault(
+        HALO, "    __syncthreads();  // this step is there for all, and all are done", "    // done", "halo"),
+    "halo: one buffer": Fault(HALO, "slice % 2 * conv.halo_rows", "slice % 1 * conv.halo_rows", "halo"),
+    "halo: copied a tap late": Fault(HALO, "if (r == 0 && s == 0 && loader", "if (r == conv.r - 1 && s == conv.s - 1 && loader", "halo"),
+    "halo: images without padding between them": Fault(
+        HALO, "(rows / conv.p * conv.grid_h + rows % conv.p)", "rows", "halo"),
+    "halo: beyond the last image": Fault(HALO, "const bool ok = n < conv.images && c", "const bool ok = c", "halo", "address"),
+    "halo: rows of the image": Fault(HALO, "r * conv.dilation_h * conv.grid_w", "r * conv.dilation_h * conv.w", "halo"),
+    "add_relu: a tail too long": Fault("add_relu.cu", "blockIdx.x == 0 && tail < n", "blockIdx.x == 0 && tail <= n", "add_relu", "address"),
+    "add_relu: elements left out": Fault("add_relu.cu", "base < words; base += step", "base + 1 < words; base += step", "add_relu"),
+    "max_pool: beyond the right border": Fault(
+        "max_pool.cu", "if (w >= 0 && w < m.w) largest.take(loaded[s]);", "if (w >= 0) largest.take(loaded[s]);", "max_pool"),
+    "max_pool: above the map": Fault("max_pool.cu", "if (h < 0 || h >= m.h) continue;", "if (h >= m.h) continue;", "max_pool"),
+    "avg_pool: adds before all have summed": Fault(
+        "avg_pool_flatten.cu", "    __syncthreads();\n    if (warp == 0", "    if (warp == 0", "avg_pool"),
+    "avg_pool: a warp's pixels twice": Fault(
+        "avg_pool_flatten.cu", "first += warps * unroll", "first += warps * (unroll - 1)", "avg_pool"),
+}  # fmt: skip
+
+
+def planted(name: str):
+    """A copy of the kernels with that fault."""
+    fault = FAULTS[name]
+    folder = BUILT / "faults" / "".join(c if c.isalnum() else "_" for c in name)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(KERNELS, folder / "cuda")
+    shutil.copy(KERNELS.parent / "conv_shape.h", folder)
+    path = folder / "cuda" / fault.file
+    source = path.read_text()
+    assert source.count(fault.text) == 1, f"{fault.file} has {fault.text!r} {source.count(fault.text)} times"
+    path.write_text(source.replace(fault.text, fault.wrong))
+    return folder / "cuda"
+
+
+ORDERS = (("forward", "late", 1), ("reverse", "early", 1), *(("random", "random", seed) for seed in range(1, 5)))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_is_seen(name):
+    fault = FAULTS[name]
+    kind = fault.case if fault.case in ("add_relu", "max_pool", "avg_pool") else None
+    sanitizer = None if fault.seen_by == "values" else fault.seen_by
+    built = program("pooling" if kind else "convolutions", sanitizer, kernels=planted(name))
+    results = [run(built, fault.case, *order) for order in (ORDERS if sanitizer is None else ORDERS[:1])]
+    assert any(result.returncode not in (0, 3) for result in results)
+    if sanitizer is not None:
+        assert any(f"{sanitizer.title()}Sanitizer" in result.stderr for result in results), "seen, but not by that"

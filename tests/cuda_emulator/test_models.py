@@ -1,0 +1,55 @@
+"""Whole networks on nothing but CUDA C++ kernels: one launch a convolution, and torch's own convolution never."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torchvision
+from checks import assert_accurate, stock_results
+from networks import images, resnet
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resnet_fast
+from resnet_fast import models
+
+from . import emulated
+
+pytestmark = pytest.mark.usefixtures("cuda_backend")
+
+CONVOLUTIONS = {"resnet18": 20, "resnet50": 53}
+
+
+class NoConvolution(TorchDispatchMode):
+    """Forbids torch's own convolution and poolings, in any form."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        assert not any(word in name for word in ("convolution", "conv2d", "max_pool2d", "avg_pool2d")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@torch.no_grad()
+def test_network(name, dtype):
+    stock, x = resnet(getattr(torchvision.models, name)), images(1, 3, 64, 64)
+    model = getattr(models, name)()
+    model.load_state_dict(stock.state_dict())
+    model.eval().to(dtype)
+    exact, *others = stock_results(stock, [x], dtype)
+    with emulated.launches() as found, NoConvolution():
+        out = model(x.to(dtype))
+    convolutions = Counter({n: times for n, times in found.items() if n.startswith("conv")})
+    assert convolutions.total() == CONVOLUTIONS[name]
+    assert found - convolutions == Counter(max_pool_kernel=1, avg_pool_flatten_kernel=1)
+    if dtype == torch.float32:  # its operands in TF32, 10 bits of mantissa: as many as float16 has
+        half = stock_results(stock, [x], torch.float16)[1:]
+        others = [t.float() for t in half]
+    assert_accurate(out, exact, others)
+
+
+@torch.no_grad()
+def test_explain():
+    model = models.resnet18().eval().to(torch.bfloat16)
+    words = str(resnet_fast.explain(model, images(1, 3, 32, 32).to(torch.bfloat16)))
+    assert "CUDA C++" in words and "cuDNN" not in words
