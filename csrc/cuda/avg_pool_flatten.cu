@@ -12,7 +12,7 @@ namespace {
 constexpr int lanes = 32, warps = 8, unroll = 4;
 
 template <typename T, typename W>
-__global__ void __launch_bounds__(lanes * warps) avg_pool_flatten_kernel(const __grid_constant__ AvgPool m) {
+__global__ void __launch_bounds__(lanes* warps) avg_pool_flatten_kernel(const __grid_constant__ AvgPool m) {
   constexpr int per_word = sizeof(W) / sizeof(T);
   const int64_t words = m.c / per_word, tiles = (words + lanes - 1) / lanes;
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;

@@ -15,15 +15,15 @@ using torch::stable::Tensor;
 
 // It always has the ReLU; without one, bias and residual are passes of their own.
 Tensor conv_bn_relu_cudnn(const Tensor& input,                     // [N, C, H, W], any strides
-                         const Tensor& weight,                    // [K, C / groups, R, S], any strides
-                         const std::optional<Tensor>& bias,       // [K], as the four below
-                         const std::optional<Tensor>& bn_weight,  //
-                         const std::optional<Tensor>& bn_bias,    //
-                         const Tensor& running_mean,              //
-                         const Tensor& running_var,               //
-                         const std::optional<Tensor>& residual,   // [N, K, P, Q], any strides
-                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                         int64_t groups, double eps, bool relu) {
+                          const Tensor& weight,                    // [K, C / groups, R, S], any strides
+                          const std::optional<Tensor>& bias,       // [K], as the four below
+                          const std::optional<Tensor>& bn_weight,  //
+                          const std::optional<Tensor>& bn_bias,    //
+                          const Tensor& running_mean,              //
+                          const Tensor& running_var,               //
+                          const std::optional<Tensor>& residual,   // [N, K, P, Q], any strides
+                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                          int64_t groups, double eps, bool relu) {
   const std::array<std::optional<Tensor>, 5> vectors{bias, bn_weight, bn_bias, running_mean, running_var};
   const ConvShape f = checked_shape(input, weight, vectors, residual, stride, padding, dilation, groups);
   STD_TORCH_CHECK(std::max(input.numel(), f.n * f.k * f.p * f.q) < int64_t(1) << 31,

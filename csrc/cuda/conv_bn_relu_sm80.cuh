@@ -49,7 +49,7 @@ struct Tile {
   static constexpr int warp_m = block_m / warps_m, warp_n = block_n / warps_n;
   static constexpr int mma_m = warp_m / 16, mma_n = warp_n / 8;
   static constexpr int row_bytes = row_bytes_, chunks = row_bytes / 16, stages = stages_;
-  static constexpr int blocks = blocks_;  // that shall fit on a multiprocessor: limits the registers
+  static constexpr int blocks = blocks_;                 // that shall fit on a multiprocessor: limits the registers
   static constexpr int rows_at_once = threads / chunks;  // one chunk per thread
   static constexpr int loads_a = block_m / rows_at_once, loads_b = block_n / rows_at_once;
   static constexpr int filter_bytes = block_n * row_bytes, stage_bytes = block_m * row_bytes + filter_bytes;
@@ -218,8 +218,7 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < Tile::loads_a; ++i) store_shared(a + to(row_of(first_row, i)), fetched[i]);
 #pragma unroll
-    for (int i = 0; i < Tile::loads_b; ++i)
-      store_shared(b + to(row_of(first_row, i)), fetched[Tile::loads_a + i]);
+    for (int i = 0; i < Tile::loads_b; ++i) store_shared(b + to(row_of(first_row, i)), fetched[Tile::loads_a + i]);
   }
 };
 
@@ -244,7 +243,7 @@ __device__ __forceinline__ void multiply_step(Accumulators<Tile>& accumulators, 
     for (int i = 0; i < Tile::mma_m; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::mma_n; ++j) {
-        const uint32_t(&pair)[4] = fragment_b[j / 2];
+        const uint32_t (&pair)[4] = fragment_b[j / 2];
         const uint32_t of_column[2] = {pair[j % 2 * 2], pair[j % 2 * 2 + 1]};
         multiply_add<T>(accumulators[i][j], fragment_a[i], of_column);
       }
@@ -312,7 +311,7 @@ struct Epilogue {
     for (int i = 0; i < Tile::mma_m; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::mma_n; ++j) {
-        const float(&c)[4] = accumulators[i][j];
+        const float (&c)[4] = accumulators[i][j];
         float* to = staging + (i * 16 + lane / 4) * Tile::staging_columns + first + j * 8;
         store_shared(to, make_float2(c[0], c[1]));
         store_shared(to + 8 * Tile::staging_columns, make_float2(c[2], c[3]));
@@ -326,8 +325,7 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < per_thread; ++i) {
       const int m = first_m + row(i);
-      if (exists(m, column()))
-        residual[i].vector = __ldg(reinterpret_cast<const uint4*>(from + offset(m, column())));
+      if (exists(m, column())) residual[i].vector = __ldg(reinterpret_cast<const uint4*>(from + offset(m, column())));
     }
   }
 
@@ -409,15 +407,14 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
     start_load(step + Tile::stages - 1);
     const uint32_t a = ptx::shared_address(stage_a(step)) + row * Tile::row_bytes;
     multiply_step<T, Tile>(
-        accumulators,
-        [&](int i, int chunk) { return a + i * 16 * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; },
+        accumulators, [&](int i, int chunk) { return a + i * 16 * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; },
         ptx::shared_address(stage_b(step)) + warp_column * Tile::warp_n * Tile::row_bytes);
     finish_load(step + Tile::stages - 1);
   }
   if constexpr (aligned) ptx::cp_async_wait<0>();
 
   Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(operands), group, m0, n0}.run(accumulators, warp_row,
-                                                                                            warp_column);
+                                                                                             warp_column);
 }
 
 }  // namespace resnet_fast

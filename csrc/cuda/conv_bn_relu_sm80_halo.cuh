@@ -1,6 +1,6 @@
 // conv_bn_relu for sm_80 and later, windows of several taps and stride 1: as conv_bn_relu_sm80.cuh, but a block's input
-// lies in shared memory once for all taps instead of once for each, which of a 3x3 window saves more than four fifths of
-// the reads of the input.
+// lies in shared memory once for all taps instead of once for each, which of a 3x3 window saves more than four fifths
+// of the reads of the input.
 //
 // Take the input with its padding, all images below each other, as a grid grid_w = Q + dilation (S - 1) pixels wide and
 // P + dilation (R - 1) an image high. The window of the output pixel (n, p, q) begins at position
@@ -30,8 +30,7 @@ struct HaloLoader {
   __device__ __forceinline__ HaloLoader(const ConvSm80& conv, int group, int m0, int n0)
       : conv(conv),
         x(static_cast<const T*>(conv.x) + group * conv.channels),
-        weight(static_cast<const T*>(conv.weight) +
-               int64_t(group) * conv.filters * conv.r * conv.s * conv.channels),
+        weight(static_cast<const T*>(conv.weight) + int64_t(group) * conv.filters * conv.r * conv.s * conv.channels),
         chunk(threadIdx.x % Tile::chunks),
         first_row(threadIdx.x / Tile::chunks),
         n0(n0),
@@ -50,8 +49,8 @@ struct HaloLoader {
       const int position = first_position + row, column = position % conv.grid_w, rows = position / conv.grid_w;
       const int h = rows % conv.grid_h - conv.padding_h, w = column - conv.padding_w;
       const int64_t n = rows / conv.grid_h;
-      const bool ok = n < conv.images && c < conv.channels && unsigned(h) < unsigned(conv.h) &&
-                      unsigned(w) < unsigned(conv.w);
+      const bool ok =
+          n < conv.images && c < conv.channels && unsigned(h) < unsigned(conv.h) && unsigned(w) < unsigned(conv.w);
       ptx::cp_async_16(a + to(row), ok ? x + ((n * conv.h + h) * conv.w + w) * conv.all_channels + c : x, ok);
     }
   }
@@ -101,8 +100,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   Accumulators<Tile> accumulators = {};
   int slice = 0, r = 0, s = 0;
   for (int step = 0; step < conv.steps; ++step) {
-    // Also the halo of this step's slice: it was copied with the first tap of the slice before, which is more groups ago
-    // than may be on their way, since a window has at least stages - 1 taps.
+    // Also the halo of this step's slice: it was copied with the first tap of the slice before, which is more groups
+    // ago than may be on their way, since a window has at least stages - 1 taps.
     ptx::cp_async_wait<Tile::stages - 2>();
     __syncthreads();  // this step is there for all, and all are done with what the next copies overwrite
     if (step + Tile::stages - 1 < conv.steps) loader.copy_filters(filters_of(step + Tile::stages - 1));
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   ptx::cp_async_wait<0>();
 
   Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(operands), group, m0, n0}.run(accumulators, warp_row,
-                                                                                            warp_column);
+                                                                                             warp_column);
 }
 
 }  // namespace resnet_fast

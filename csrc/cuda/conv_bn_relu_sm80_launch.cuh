@@ -16,7 +16,9 @@ constexpr int most_halo_rows = 504;
 // (conv_bn_relu_sm80_halo.cuh).
 inline int64_t halo_rows(const ConvShape& f, int64_t pixels) {
   const int64_t more_w = f.dilation[1] * (f.s - 1), more_h = f.dilation[0] * (f.r - 1), grid_w = f.q + more_w;
-  const auto crossed = [&](int64_t size) { return (pixels + size - 2) / size; };  // ends of something so many pixels long
+  const auto crossed = [&](int64_t size) {
+    return (pixels + size - 2) / size;
+  };  // ends of something so many pixels long
   const int64_t new_rows = crossed(f.q), new_images = f.n > 1 ? crossed(f.p * f.q) : 0;
   return pixels + new_rows * more_w + new_images * more_h * grid_w + more_h * grid_w + more_w;
 }

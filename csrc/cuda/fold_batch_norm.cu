@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(block_size) fold_batch_norm_kernel(const FoldB
 
 template <typename T>
 int launch_fold(const FoldBatchNorm& f, cudaStream_t stream) {
-  if (has_folded_layout(f))
-    return launch<fold_batch_norm_kernel<T, true>>(f.k, block_size, 0, stream, f);
+  if (has_folded_layout(f)) return launch<fold_batch_norm_kernel<T, true>>(f.k, block_size, 0, stream, f);
   return launch<fold_batch_norm_kernel<T, false>>(f.k, block_size, 0, stream, f);
 }
 

@@ -1,6 +1,6 @@
-// Max-pooling of a map in channels_last: a thread computes one word (16 bytes where channels and addresses allow) of one
-// output pixel. Bound by memory: of the 3x3 windows of stride 2 that ResNets have, four ninths of the reads come from
-// the caches, and a thread has all of a row's loads in flight before the first value is compared.
+// Max-pooling of a map in channels_last: a thread computes one word (16 bytes where channels and addresses allow) of
+// one output pixel. Bound by memory: of the 3x3 windows of stride 2 that ResNets have, four ninths of the reads come
+// from the caches, and a thread has all of a row's loads in flight before the first value is compared.
 #include "convert.cuh"
 #include "pooling.h"
 #include "runtime.cuh"

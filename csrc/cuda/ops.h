@@ -80,16 +80,13 @@ inline FilterVector filter_vector(const std::optional<torch::stable::Tensor>& t)
   return {t->const_data_ptr(), type_of(t->scalar_type()), t->stride(0)};
 }
 
-torch::stable::Tensor conv_bn_relu_cuda(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                                        const std::optional<torch::stable::Tensor>& bias,
-                                        const std::optional<torch::stable::Tensor>& bn_weight,
-                                        const std::optional<torch::stable::Tensor>& bn_bias,
-                                        const torch::stable::Tensor& running_mean,
-                                        const torch::stable::Tensor& running_var,
-                                        const std::optional<torch::stable::Tensor>& residual,
-                                        std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                        std::vector<int64_t> dilation, int64_t groups, double eps, bool relu,
-                                        int64_t tile);
+torch::stable::Tensor conv_bn_relu_cuda(
+    const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+    const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& bn_weight,
+    const std::optional<torch::stable::Tensor>& bn_bias, const torch::stable::Tensor& running_mean,
+    const torch::stable::Tensor& running_var, const std::optional<torch::stable::Tensor>& residual,
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+    double eps, bool relu, int64_t tile);
 
 torch::stable::Tensor conv_bn_relu_cudnn(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                                          const std::optional<torch::stable::Tensor>& bias,

@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_shared(T* p, V value) {
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Returns a cudaError_t.
 template <auto kernel, typename... A>
 int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+  if (shared_bytes > 48 * 1024) {            // what a kernel may have without asking
     static std::atomic<size_t> granted[64];  // on each device
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -46,7 +46,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, cons
       return int(error);
     }
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
   return int(cudaGetLastError());
 }
 

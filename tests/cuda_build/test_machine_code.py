@@ -14,7 +14,11 @@ LIBRARY = Path(os.environ.get("RESNET_FAST_CUDA_LIBRARY") or Path(resnet_fast.__
 TOOLS = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
 
 ARCHITECTURES = ("sm_80", "sm_90a")
-ELEMENTS = {"nv_bfloat16": r"HMMA\.16816\.F32\.BF16", "half": r"HMMA\.16816\.F32(?!\.BF16)", "float": r"HMMA\.1688\.F32\.TF32"}
+ELEMENTS = {
+    "nv_bfloat16": r"HMMA\.16816\.F32\.BF16",
+    "half": r"HMMA\.16816\.F32(?!\.BF16)",
+    "float": r"HMMA\.1688\.F32\.TF32",
+}
 # Threads of a block, blocks that shall fit on a multiprocessor: what its 65,536 registers are divided by.
 TILES = {"128, 128, 2, 4": (256, 2), "128, 64, 2, 2": (128, 3), "64, 64, 2, 2": (128, 4), "128, 32, 4, 1": (128, 4)}
 HALO_TILES = ("128, 128, 2, 4", "128, 64, 2, 2")
@@ -59,7 +63,9 @@ def of_kernel(functions, kernel, *words):
 def convolutions(functions):
     """(architecture, element, tile, kernel's name, whether element by element): of every convolution kernel."""
     for (arch, name), code in functions.items():
-        if m := re.search(r"::(conv_bn_relu_sm80\w*)<(?:\w*::)?_*(\w+), resnet_fast::Tile<(\d+, \d+, \d+, \d+), [^>]*>(.*?)>\(", name):
+        if m := re.search(
+            r"::(conv_bn_relu_sm80\w*)<(?:\w*::)?_*(\w+), resnet_fast::Tile<(\d+, \d+, \d+, \d+), [^>]*>(.*?)>\(", name
+        ):
             yield arch, m[2], m[3], m[1], "false" in m[4] or "0" in m[4], code
 
 
@@ -74,7 +80,9 @@ def test_no_local_memory(functions):
 
 
 def test_every_convolution_is_there(functions):
-    found = sorted((arch, element, tile, kernel, gathers) for arch, element, tile, kernel, gathers, _ in convolutions(functions))
+    found = sorted(
+        (arch, element, tile, kernel, gathers) for arch, element, tile, kernel, gathers, _ in convolutions(functions)
+    )
     aligned = [(tile, "conv_bn_relu_sm80_kernel", False) for tile in TILES]
     halo = [(tile, "conv_bn_relu_sm80_halo_kernel", False) for tile in HALO_TILES]
     kinds = [*aligned, *halo, ("128, 64, 2, 2", "conv_bn_relu_sm80_kernel", True)]

@@ -195,7 +195,8 @@ void resume(Fiber& f) {
 
 void prepare(Fiber& f, int linear, dim3 size) {
   if (f.stack == nullptr) {
-    void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
     f.stack = static_cast<char*>(memory);
   }
@@ -573,7 +574,8 @@ int launch(const char* name, dim3 grid, dim3 size, size_t shared_bytes, void (*b
     if (blocks == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
       fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
     if (threads == 0 || threads > 1024) fail("a block of %u x %u x %u threads", size.x, size.y, size.z);
-    if (shared_bytes > max_shared_bytes) fail("%zu bytes of shared memory, %zu at most", shared_bytes, max_shared_bytes);
+    if (shared_bytes > max_shared_bytes)
+      fail("%zu bytes of shared memory, %zu at most", shared_bytes, max_shared_bytes);
     e.threads = int(threads);
     while (e.fibers.size() < threads) e.fibers.push_back(std::make_unique<Fiber>());
     for (uint64_t i = 0; i < blocks && !e.failed; ++i) {

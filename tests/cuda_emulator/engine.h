@@ -1,8 +1,8 @@
 // Runs one CUDA thread block after the other on the host, every CUDA thread a fiber of its own.
 //
-// A fiber runs until it has to wait: at a barrier, in a warp-wide instruction, for something asynchronous. The scheduler
-// then takes the next one, in an order that Options says. What the twins of CUDA's instructions need of it is below;
-// kernels see only include/.
+// A fiber runs until it has to wait: at a barrier, in a warp-wide instruction, for something asynchronous. The
+// scheduler then takes the next one, in an order that Options says. What the twins of CUDA's instructions need of it is
+// below; kernels see only include/.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,8 @@ extern Block block;
 // Ends the launch; `format` as printf. Never returns to the calling thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Waits until every thread of the block that has not returned is here. Threads at two places of the source are an error.
+// Waits until every thread of the block that has not returned is here. Threads at two places of the source are an
+// error.
 void sync_threads(const char* file, int line);
 
 // Waits until `count` threads are at barrier `id`.

@@ -24,9 +24,9 @@ constexpr int warpSize = 32;
 
 #define __syncthreads() emulator::sync_threads(__FILE__, __LINE__)
 
-#define EMULATED_VECTOR(name, type, n, ...) \
+#define EMULATED_VECTOR(name, type, n, ...)                \
   struct __attribute__((aligned(n * sizeof(type)))) name { \
-    type __VA_ARGS__; \
+    type __VA_ARGS__;                                      \
   };
 EMULATED_VECTOR(int2, int, 2, x, y)
 EMULATED_VECTOR(int4, int, 4, x, y, z, w)
@@ -119,5 +119,7 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? emulator::error_message() : error == cudaSuccess ? "no error" : "invalid value";
+  return error == cudaErrorLaunchFailure ? emulator::error_message()
+         : error == cudaSuccess          ? "no error"
+                                         : "invalid value";
 }

@@ -1,5 +1,5 @@
-// Convolutions of small integers by the CUDA kernel of one element type (-DELEMENT=...), against plain loops: for builds
-// with sanitizers and with planted faults. Every buffer ends where its tensor does.
+// Convolutions of small integers by the CUDA kernel of one element type (-DELEMENT=...), against plain loops: for
+// builds with sanitizers and with planted faults. Every buffer ends where its tensor does.
 //
 //   convolutions CASE SCHEDULE LANDING SEED      0: right, 1: wrong values, 2: what the emulator says
 #include <cstdio>
@@ -55,7 +55,8 @@ struct Buffer {
     memory.reset(static_cast<T*>(p));
   }
   void fill(unsigned seed) {
-    for (int64_t i = 0; i < size; ++i) memory.get()[i] = from_float<T>(float(int(seed = seed * 1664525 + 1013904223) >> 29));
+    for (int64_t i = 0; i < size; ++i)
+      memory.get()[i] = from_float<T>(float(int(seed = seed * 1664525 + 1013904223) >> 29));
   }
   float operator[](int64_t i) const { return to_float(memory.get()[i]); }
 };
@@ -65,7 +66,18 @@ int run(const Case& t) {
   ConvShape& f = conv.shape;
   const int p = (t.h + 2 * t.padding - t.dilation * (t.r - 1) - 1) / t.stride + 1;
   const int q = (t.w + 2 * t.padding - t.dilation * (t.s - 1) - 1) / t.stride + 1;
-  f = {t.n, t.h, t.w, t.c, t.k, t.r, t.s, p, q, {t.stride, t.stride}, {t.padding, t.padding}, {t.dilation, t.dilation},
+  f = {t.n,
+       t.h,
+       t.w,
+       t.c,
+       t.k,
+       t.r,
+       t.s,
+       p,
+       q,
+       {t.stride, t.stride},
+       {t.padding, t.padding},
+       {t.dilation, t.dilation},
        t.groups};
   const int c = t.c / t.groups, k = t.k / t.groups;
   Buffer<ELEMENT> x(int64_t(t.n) * t.h * t.w * t.c), weight(int64_t(t.k) * t.r * t.s * c);

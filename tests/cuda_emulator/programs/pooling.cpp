@@ -108,9 +108,11 @@ template <typename T>
 int all_of(const std::string& name) {
   int result = 0;
   const auto note = [&](int of_case) { result = result != 0 ? result : of_case; };
-  if (name == "add_relu" || name == "all") note(add_relu<T>(1030, 0)), note(add_relu<T>(77, 1)), note(add_relu<T>(9000, 4));
+  if (name == "add_relu" || name == "all")
+    note(add_relu<T>(1030, 0)), note(add_relu<T>(77, 1)), note(add_relu<T>(9000, 4));
   if (name == "max_pool" || name == "all") note(max_pool<T>(24, 3)), note(max_pool<T>(5, 2)), note(max_pool<T>(17, 3));
-  if (name == "avg_pool" || name == "all") note(avg_pool<T>(72, 49)), note(avg_pool<T>(3, 7)), note(avg_pool<T>(264, 35));
+  if (name == "avg_pool" || name == "all")
+    note(avg_pool<T>(72, 49)), note(avg_pool<T>(3, 7)), note(avg_pool<T>(264, 35));
   return result;
 }
 
