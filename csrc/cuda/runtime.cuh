@@ -33,21 +33,23 @@ __device__ __forceinline__ void store_shared(T* p, V value) {
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Returns a cudaError_t.
 template <auto kernel, typename... A>
 int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
+  cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {            // what a kernel may have without asking
     static std::atomic<size_t> granted[64];  // on each device
     int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
+    error = cudaGetDevice(&device);
     if (error == cudaSuccess && shared_bytes > granted[device & 63].load()) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
       if (error == cudaSuccess) granted[device & 63].store(shared_bytes);
     }
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // so that it is not taken for that of a later launch
-      return int(error);
-    }
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
-  return int(cudaGetLastError());
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // so that it is not taken for that of a later launch
+  return int(error);
 }
 
 }  // namespace resnet_fast

@@ -74,7 +74,7 @@ FAULTS = {
     "halo: copied a tap late": Fault(HALO, "if (r == 0 && s == 0 && loader", "if (r == conv.r - 1 && s == conv.s - 1 && loader", "halo"),
     "halo: images without padding between them": Fault(
         HALO, "(rows / conv.p * conv.grid_h + rows % conv.p)", "rows", "halo"),
-    "halo: beyond the last image": Fault(HALO, "= n < conv.images && c", "= c", "halo", "address"),
+    "halo: beyond the last image": Fault(HALO, "          n < conv.images && c", "          c", "halo", "address"),
     "halo: rows of the image": Fault(HALO, "r * conv.dilation_h * conv.grid_w", "r * conv.dilation_h * conv.w", "halo"),
     "add_relu: a tail too long": Fault("add_relu.cu", "blockIdx.x == 0 && tail < n", "blockIdx.x == 0 && tail <= n", "add_relu", "address"),
     "add_relu: elements left out": Fault("add_relu.cu", "base < words; base += step", "base + 1 < words; base += step", "add_relu"),
