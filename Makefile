@@ -11,6 +11,11 @@ EMULATOR_FILES := $(wildcard tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h t
 
 .PHONY: demo test bench report lint format test-peers test-triton test-triton-aot test-emulator triton-table test-oldest test-aarch64 sanitize cuda-check clean
 
+# What pyproject.toml lists as an extra. Not by `pip install -e .[extra]`, which would compile everything once more.
+PRINT_EXTRA = import importlib.metadata as m, sys; \
+	print(*(r.split(";")[0] for r in m.requires("resnet_fast") if r.endswith(f"== \"{sys.argv[1]}\"")), sep="\n")
+install_extra = $(BIN)/python -c '$(PRINT_EXTRA)' $(1) | xargs $(BIN)/pip install --quiet
+
 # torchvision first: it brings the torch that it is built for.
 $(SETUP): setup.py pyproject.toml $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,7 +37,7 @@ bench: $(SETUP)
 
 # The engines that we are measured against, and what draws the plots.
 $(VENV)/.bench: $(SETUP)
-	$(BIN)/pip install --quiet -e ".[test,bench]"
+	$(call install_extra,bench)
 	touch $@
 
 report: $(VENV)/.bench
@@ -91,7 +96,7 @@ sanitize: $(SETUP)
 		$(abspath $(BIN))/python -m pytest $(abspath tests/test_conv_cpu.py) -k every_level
 
 $(VENV)/.dev: $(SETUP)
-	$(BIN)/pip install --quiet -e ".[test,dev]"
+	$(call install_extra,dev)
 	touch $@
 
 lint: $(VENV)/.dev
@@ -104,9 +109,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES) tests/aarch64/*.cpp tests/aarch64/*.h $(EMULATOR_FILES)
 
-# Builds the CUDA part for every default architecture (a register spill is an error) and reads its machine code.
+# Reads the machine code of the CUDA part, which is built for every default architecture (a register spill is an error).
 cuda-check: $(VENV)/.dev
-	RESNET_FAST_CUDA=1 $(BIN)/pip install --quiet --no-deps -e .
+	test -e resnet_fast/_C_cuda.abi3.so || RESNET_FAST_CUDA=1 $(BIN)/pip install --quiet --no-deps -e .
 	RESNET_FAST_TEST_CUDA_BUILD=1 $(BIN)/python -m pytest tests/cuda_build
 
 clean:

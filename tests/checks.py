@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.measure import relative_rms
 
@@ -33,6 +34,23 @@ def assert_same_special_values(out: Tensor, ref: Tensor) -> None:
     assert torch.equal(out.isnan(), ref.isnan())
     assert torch.equal(out.isposinf(), ref.isposinf())
     assert torch.equal(out.isneginf(), ref.isneginf())
+
+
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """Finite float32 as TF32 keeps it."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+class NoConvolution(TorchDispatchMode):
+    """Forbids torch's own convolution, in any form, and what else has one of the ``others`` in its name."""
+
+    def __init__(self, *others: str):
+        super().__init__()
+        self.words = ("convolution", "conv2d", *others)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in func.__name__ for word in self.words), f"{func} was called"
+        return func(*args, **(kwargs or {}))
 
 
 def tensors(outputs):

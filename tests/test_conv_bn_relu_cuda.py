@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from checkout import ROOT
-from checks import assert_accurate, assert_same_special_values
+from checks import assert_accurate, assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import (
     BAD,
     DTYPES,
@@ -34,11 +34,7 @@ def on_gpu(tensors):
 
 def in_tf32(tensors, how):
     """The exact result of float32 operands rounded to TF32. (cuDNN computes small problems in full float32.)"""
-
-    def rounded(t):
-        return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-
-    short = {**tensors, "input": rounded(tensors["input"]), "weight": rounded(tensors["weight"])}
+    short = {**tensors, **{name: rounded_to_tf32(tensors[name]) for name in ("input", "weight")}}
     return conv_bn_relu_ref(**in_double(short), **how).float()
 
 

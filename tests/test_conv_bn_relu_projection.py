@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import LAYOUTS, assert_accurate, assert_same_special_values
+from checks import LAYOUTS, assert_accurate, assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import DTYPES, VECTORS, in_channels_last, in_double, problem, winograd_tile
 from test_conv_bn_relu_cuda import GPU_BACKENDS, IN_TF32, on_gpu
 from torch.library import opcheck
@@ -561,7 +561,7 @@ def test_gpu_is_right(case, dtype, backend):
 def in_tf32(tensors, how):
     """The exact result of float32 operands rounded to TF32. (cuDNN computes small problems in full float32.)"""
     names = ("input", "weight", "shortcut", "shortcut_weight")
-    rounded = {n: ((tensors[n].contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) for n in names}
+    rounded = {n: rounded_to_tf32(tensors[n]) for n in names}
     return conv_bn_relu_projection_ref(**in_double({**tensors, **rounded}), **how).float()
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checks import assert_accurate, assert_same_special_values
+from checks import assert_accurate, assert_same_special_values, rounded_to_tf32
 from networks import images
 from test_avg_pool_flatten import SIZES
 from test_avg_pool_flatten import assert_right as assert_averaged
@@ -98,8 +98,7 @@ def triton(operator, tensors, how):
 
 def in_tf32(tensors):
     """float32 operands rounded to TF32. (cuDNN computes small problems in full float32.)"""
-    rounded = {name: t.contiguous().view(torch.int32) for name, t in tensors.items() if name in OPERANDS}
-    return tensors | {name: ((bits + 0x1000) & -0x2000).view(torch.float32) for name, bits in rounded.items()}
+    return tensors | {name: rounded_to_tf32(t) for name, t in tensors.items() if name in OPERANDS}
 
 
 def assert_right(call, reference, tensors, how):

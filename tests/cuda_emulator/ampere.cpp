@@ -234,8 +234,8 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 uint32_t round_to_tf32(uint32_t x) {
-  const bool special = (x & 0x7f800000u) == 0x7f800000u;
-  return special ? x : (x + 0x1000u) & 0xffffe000u;
+  if ((x & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;  // NaN of any kind
+  return (x & 0x7f800000u) == 0x7f800000u ? x : (x + 0x1000u) & 0xffffe000u;
 }
 
 }  // namespace resnet_fast::ptx

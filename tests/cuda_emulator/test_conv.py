@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import LAYOUTS, assert_accurate, assert_same_special_values
+from checks import LAYOUTS, assert_accurate, assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import FIRST_LAYERS, GEOMETRIES, TAILS, in_channels_last, in_double, problem
 
 import resnet_fast
@@ -19,10 +19,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # reduction (32 and 16 channels) and around the narrowest and the widest tile.
 CHANNELS = (1, 3, 4, 5, 8, 12, 16, 17, 24, 32, 40)
 FILTERS = (1, 7, 8, 9, 33, 64, 72, 136)
-
-
-def rounded_to_tf32(t):
-    return ((t.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def as_multiplied(tensors):
@@ -197,6 +193,15 @@ def test_nan_and_inf(value, where, relu, dtype):
     for c, k in ((16, 24), (3, 5)):
         tensors, how = problem(c=c, k=k, h=5, w=5, padding=padding, bias=True, residual=True, relu=relu, dtype=dtype)
         tensors[where].view(-1)[tensors[where].numel() // 2] = value
+        assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
+
+
+@pytest.mark.parametrize("where", ("input", "weight"))
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, 0x7F800001, -1, 0x7F800000), ids=hex)  # NaN of every kind, infinity
+def test_tf32_keeps_nan_and_inf(bits, where):
+    for c in (3, 16):
+        tensors, how = problem(c=c, k=5, h=5, w=5, padding=(0, 0), relu=False)
+        tensors[where].view(-1).view(torch.int32)[tensors[where].numel() // 2] = bits
         assert_same_special_values(conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**tensors, **how))
 
 

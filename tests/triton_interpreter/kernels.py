@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from resnet_fast.kernels import (
@@ -51,14 +49,6 @@ def launches() -> Iterator[Counter]:
         yield found
 
 
-class NoConvolution(TorchDispatchMode):
-    """Forbids torch's own convolution, in any form."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert "convolution" not in func.__name__ and "conv2d" not in func.__name__, f"{func} was called"
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def fault(module: ModuleType, text: str, wrong: str) -> Iterator[None]:
     """Puts ``wrong`` in the place of ``text``, wherever it stands in the module's source, into all kernels."""
@@ -91,8 +81,3 @@ def _folder() -> str:
     if not hasattr(_folder, "made"):
         _folder.made = tempfile.TemporaryDirectory()
     return _folder.made.name
-
-
-def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:
-    """Finite float32 as TF32 keeps it."""
-    return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)

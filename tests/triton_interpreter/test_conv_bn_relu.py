@@ -6,7 +6,7 @@ stock torch's own, plus one rounding.
 
 import pytest
 import torch
-from checks import UNIT_ROUNDOFF, assert_same_special_values
+from checks import UNIT_ROUNDOFF, assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import CHANNELS, DTYPES, GEOMETRIES, TAILS, VECTORS, assert_right, in_double, problem
 
 from resnet_fast.kernels import configs, shared
@@ -177,11 +177,7 @@ def test_tf32_rounds_its_operands(geometry, monkeypatch):
     """To the nearest, so that the error is that of the rounded operands and no more."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     tensors, how = problem(**{**GEOMETRIES, **DEEP}[geometry], residual=True)
-
-    def rounded(t):
-        return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-
-    tf32 = {**tensors, "input": rounded(tensors["input"]), "weight": rounded(tensors["weight"])}
+    tf32 = {**tensors, **{name: rounded_to_tf32(tensors[name]) for name in ("input", "weight")}}
     out, ref = conv_bn_relu(**tensors, **how), conv_bn_relu_ref(**in_double(tf32), **how)
     assert relative_rms(out, ref) < 1e-6 < relative_rms(out, conv_bn_relu_ref(**in_double(tensors), **how))
 

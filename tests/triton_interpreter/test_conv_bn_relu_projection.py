@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import assert_accurate, assert_same_special_values
+from checks import assert_accurate, assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import DTYPES, in_channels_last, in_double
 from test_conv_bn_relu_projection import CASES, ONE_BY_ONE, block
 
@@ -10,7 +10,7 @@ from resnet_fast.kernels import conv_tma
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu_projection, conv_bn_relu_projection_ref
 
-from .kernels import launches, rounded_to_tf32
+from .kernels import launches
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

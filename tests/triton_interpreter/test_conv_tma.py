@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from checks import assert_same_special_values
+from checks import assert_same_special_values, rounded_to_tf32
 from test_conv_bn_relu import assert_right, in_double, problem
 
 from resnet_fast.kernels import configs, conv_tma
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_ref
 
-from .kernels import launches, rounded_to_tf32
+from .kernels import launches
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

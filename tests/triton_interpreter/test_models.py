@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 import torch
 import torchvision
-from checks import assert_accurate, stock_results
+from checks import NoConvolution, assert_accurate, stock_results
 from networks import images, resnet
 
 from resnet_fast import models
 
-from .kernels import NoConvolution, launches
+from .kernels import launches
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
