@@ -159,11 +159,11 @@ class Measured:
     residual: bool | None = None
     relu: bool | None = None
 
-    def holds(self, weight: Tensor, outputs: int, strided: bool, residual: bool, relu: bool) -> bool:
+    def holds(self, weight: Tensor, strided: bool, residual: bool, relu: bool) -> bool:
+        """For enough ``outputs``."""
         _, c, r, s = weight.shape
         return (
-            outputs >= self.outputs
-            and weight.dtype in self.dtypes
+            weight.dtype in self.dtypes
             and (self.kernel is None or r == s == self.kernel)
             and (self.channels is None or c <= self.channels)
             and self.strided in (None, strided)
@@ -214,7 +214,7 @@ def choose_on_cuda(
         return "cudnn"
     outputs = input.shape[0] * input.shape[2] * input.shape[3] // (stride[0] * stride[-1]) * weight.shape[0]
     for entry in measured:
-        if entry.holds(weight, outputs, stride[0] > 1, has_residual, relu):
+        if outputs >= entry.outputs and entry.holds(weight, stride[0] > 1, has_residual, relu):
             return entry.backend if entry.backend != "triton" or _triton_takes_cuda() else "cudnn"
     return "cudnn"
 
