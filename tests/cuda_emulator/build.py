@@ -11,9 +11,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +24,8 @@ ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_emulator"
 ENGINE = tuple(HERE / name for name in ("engine.cpp", "ampere.cpp", "hopper.cpp", "tma.cpp", "wgmma.cpp"))
+
+SCHEDULES, LANDINGS = ("forward", "reverse", "random"), ("late", "early", "random")  # enums of engine.h
 
 # Kernels read values as integers and back, as nvcc allows.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-g1", "-Wall", "-Wno-unknown-pragmas"]
@@ -103,3 +107,21 @@ def build(
             link = [os.environ.get("CXX", "g++"), *of_kernels, *([] if program else ["-shared"])]
             _run([*link, *map(str, objects), *libraries, "-o", str(target)])
     return target
+
+
+@cache
+def _wrapper() -> tuple[str, ...]:
+    """Programs with ThreadSanitizer want addresses that are not random."""
+    wrapper = ("setarch", "-R")
+    found = shutil.which(wrapper[0]) and subprocess.run([*wrapper, "true"], capture_output=True).returncode == 0
+    return wrapper if found else ()
+
+
+def run_program(
+    program: Path, *arguments: str, schedule: str = "forward", landing: str = "late", seed: int = 1
+) -> subprocess.CompletedProcess:
+    """The finished process of a program that takes, after its own ``arguments``, those of emulator_configure."""
+    order = (str(SCHEDULES.index(schedule)), str(LANDINGS.index(landing)), str(seed))
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [*_wrapper(), str(program), *arguments, *order]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

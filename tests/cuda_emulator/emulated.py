@@ -14,10 +14,8 @@ import torch
 
 from resnet_fast.backends import declare_cuda_emulated
 
-from .build import KERNELS, ROOT, build, torch_flags
+from .build import KERNELS, LANDINGS, SCHEDULES, build, torch_flags
 
-SCHEDULES = ("forward", "reverse", "random")
-LANDINGS = ("late", "early", "random")
 # Every combination that tells apart more than the ones before it.
 ORDERS = (("forward", "late", 1), ("reverse", "early", 1), ("random", "random", 1), ("random", "random", 2))
 
@@ -73,6 +71,3 @@ def launches() -> Iterator[Counter]:
     yield found
     for line in load().emulator_launches().decode().splitlines():
         found[re.search(r"(\w+_kernel)", line)[1]] += 1
-
-
-__all__ = ["LANDINGS", "ORDERS", "ROOT", "SCHEDULES", "configure", "launches", "load", "shared_memory"]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from .build import BUILT, KERNELS
-from .test_sanitizers import program, run
+from .build import BUILT, KERNELS, run_program
+from .test_sanitizers import program
 
 
 class Fault(NamedTuple):
@@ -111,7 +111,11 @@ def test_is_seen(name):
     kind = fault.case if fault.case in ("add_relu", "max_pool", "avg_pool") else None
     sanitizer = None if fault.seen_by == "values" else fault.seen_by
     built = program("pooling" if kind else "convolutions", sanitizer, kernels=planted(name))
-    results = [run(built, fault.case, *order) for order in (ORDERS if sanitizer is None else ORDERS[:1])]
+    orders = ORDERS if sanitizer is None else ORDERS[:1]
+    results = [
+        run_program(built, fault.case, schedule=schedule, landing=landing, seed=seed)
+        for schedule, landing, seed in orders
+    ]
     assert any(result.returncode not in (0, 3) for result in results)
     if sanitizer is not None:
         assert any(f"{sanitizer.title()}Sanitizer" in result.stderr for result in results), "seen, but not by that"

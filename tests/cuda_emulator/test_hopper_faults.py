@@ -1,10 +1,6 @@
 """kernels/hopper_conv.cu is right in the emulator, in every order and with sanitizers, and faults planted into it are
 found: by wrong numbers, by what the emulator reports or as races."""
 
-import os
-import shutil
-import subprocess
-
 import pytest
 
 from . import build
@@ -13,7 +9,6 @@ KERNEL = build.HERE / "kernels" / "hopper_conv.cu"
 MAIN = build.HERE / "kernels" / "hopper_conv_main.cpp"
 FAULTY = build.BUILT / "faults"  # kept, for the objects in build.BUILT to be found again
 
-SCHEDULES, LANDINGS = ("forward", "reverse", "random"), ("late", "early", "random")
 ORDERS = ("forward late", "reverse late", "random random", "forward early")
 
 # Lines of the kernel.
@@ -95,9 +90,6 @@ RACES = (
     *("staging buffer written too early", "no barrier after the mbarriers"),
 )
 
-# Programs with ThreadSanitizer want addresses that are not random.
-FIXED_ADDRESSES = ["setarch", "-R"] if shutil.which("setarch") and not os.system("setarch -R true 2>/dev/null") else []
-
 
 def program(kernel=KERNEL, sanitizer=None):
     try:
@@ -110,9 +102,7 @@ def program(kernel=KERNEL, sanitizer=None):
 
 def run(executable, schedule, landing):
     """The exit status, and what the program and its sanitizer say."""
-    command = [*FIXED_ADDRESSES, str(executable), str(SCHEDULES.index(schedule)), str(LANDINGS.index(landing))]
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = build.run_program(executable, schedule=schedule, landing=landing)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -128,8 +118,8 @@ def with_fault(name):
     return faulty
 
 
-@pytest.mark.parametrize("landing", LANDINGS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("landing", build.LANDINGS)
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
 def test_right(schedule, landing):
     assert run(program(), schedule, landing) == (0, "")
 
