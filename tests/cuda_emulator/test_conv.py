@@ -227,6 +227,18 @@ def test_nothing_is_copied_where_channels_are_last():
     assert called({**last, "weight": tensors["weight"]}, how) & {"aten::clone", "aten::copy_"}
 
 
+@pytest.mark.parametrize("c", (8, 7))
+def test_more_elements_than_32_bits_count(c):
+    """Of an input of which next to nothing is read, so that it takes no memory."""
+    x = torch.empty(2, 16385, 8200 * 8 // c, c, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    tensors, how = integers(c=c, k=16, h=5, w=3, kernel=(1, 1), padding=(0, 0), dtype=torch.bfloat16)
+    x[:, :, ::4096, ::4099] = tensors["input"]
+    assert x[:, :, ::4096, ::4099].shape == tensors["input"].shape
+    small, strided = conv_bn_relu(**tensors, **how), {**how, "stride": [4096, 4099]}
+    assert torch.equal(conv_bn_relu(**{**tensors, "input": x}, **strided), small)
+
+
 def test_float32_needs_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors, how = problem()

@@ -79,6 +79,14 @@ def test_max_pool_of_windows_that_meet_padding_alone():
         assert torch.equal(max_pool(x, *case), ref)
 
 
+def test_max_pool_of_more_elements_than_32_bits_count():
+    x = torch.empty(2, 16385, 8200, 8, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    few = x[:, :, ::4096, ::4099]
+    few.copy_(torch.randn(few.shape))
+    assert torch.equal(max_pool(x, 1, (4096, 4099)), few)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_max_pool_any_strides(layout):
     test_max_pool.assert_equals_torch(LAYOUTS[layout](torch.randn(2, 6, 8, 8)), **test_max_pool.STEM)
