@@ -26,9 +26,11 @@ Tensor conv_bn_relu_cuda(const Tensor& input,                     // [N, C, H, W
   constexpr int64_t limit = (int64_t(1) << 31) - 256;
   bool counts = f.n * f.p * f.q < limit && f.k < limit && f.c < limit && f.r * f.s * f.c / groups < limit;
   for (const int64_t padded : {f.h + 2 * f.padding[0], f.w + 2 * f.padding[1]}) counts = counts && padded < 1 << 30;
-  STD_TORCH_CHECK(counts && groups < 65536,
+  counts = counts && (f.n * f.p * f.q / 64 + 1) * (f.k / 32 + 1) < limit && groups < 65536;
+  STD_TORCH_CHECK(counts,
                   "conv_bn_relu: the CUDA kernel takes fewer than 2^31 - 256 output pixels, filters, channels, and "
-                  "weights a filter, padded images of fewer than 2^30 rows and columns, and fewer than 65536 groups");
+                  "weights a filter, 2^41 elements of output, padded images of fewer than 2^30 rows and columns, and "
+                  "fewer than 65536 groups");
   STD_TORCH_CHECK(tile >= -1 && tile < int64_t(ConvTile::count), "conv_bn_relu: there is no tile ", tile);
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = channels_last(input), w = channels_last(weight);

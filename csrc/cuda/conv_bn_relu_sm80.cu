@@ -7,8 +7,9 @@ bool takes(ConvTile tile, const ConvBnRelu& conv) {
   const ConvShape& f = conv.shape;
   const int64_t bytes = f.c / f.groups * (conv.type == Type::float32 ? 4 : 2);
   const int64_t grid = f.n * (f.p + f.dilation[0] * (f.r - 1)) * (f.q + f.dilation[1] * (f.s - 1));
-  return f.stride[0] == 1 && f.stride[1] == 1 && f.r * f.s >= 3 && bytes % 16 == 0 && is_aligned(conv.x) &&
-         is_aligned(conv.weight) && grid < 2147483647 && halo_rows(f, 128) <= most_halo_rows;
+  return f.stride[0] == 1 && f.stride[1] == 1 && f.r * f.s >= fewest_halo_taps && bytes % 16 == 0 &&
+         is_aligned(conv.x) && is_aligned(conv.weight) && grid < (int64_t(1) << 31) - 1024 &&
+         halo_rows(f, 128) <= most_halo_rows;
 }
 
 // The widest tile that the filters fill, if that makes at least two blocks for each of 108 multiprocessors (A100).

@@ -9,16 +9,14 @@ namespace resnet_fast {
 template <typename T>
 int launch_conv_bn_relu_sm80(const ConvBnRelu& conv, ConvTile tile, void* stream);
 
-// What two buffers of a block's input take in shared memory, beside 4 steps of 128 filters, is what sm_86 has.
-constexpr int most_halo_rows = 504;
+// Of conv_bn_relu_sm80_halo.cuh: what its shared memory takes, and what its way of waiting for copies needs.
+constexpr int most_halo_rows = 504, fewest_halo_taps = 3;
 
 // The largest range of positions that the windows of `pixels` successive output pixels cover
 // (conv_bn_relu_sm80_halo.cuh).
 inline int64_t halo_rows(const ConvShape& f, int64_t pixels) {
   const int64_t more_w = f.dilation[1] * (f.s - 1), more_h = f.dilation[0] * (f.r - 1), grid_w = f.q + more_w;
-  const auto crossed = [&](int64_t size) {
-    return (pixels + size - 2) / size;
-  };  // ends of something so many pixels long
+  const auto crossed = [&](int64_t size) { return (pixels + size - 2) / size; };  // ends of rows, or images, that large
   const int64_t new_rows = crossed(f.q), new_images = f.n > 1 ? crossed(f.p * f.q) : 0;
   return pixels + new_rows * more_w + new_images * more_h * grid_w + more_h * grid_w + more_w;
 }
@@ -48,16 +46,20 @@ ConvSm80 problem_of(const ConvBnRelu& from) {
   return c;
 }
 
+// One block for each tile; filters change fastest, so that x stays in L2.
+template <typename Tile>
+dim3 grid_of(const ConvSm80& conv, int groups) {
+  const int64_t tiles_m = (int64_t(conv.pixels) + Tile::block_m - 1) / Tile::block_m;
+  const int64_t tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
+  return dim3(unsigned(tiles_m * tiles_n), unsigned(groups));
+}
+
 template <typename T, typename Tile, bool aligned>
 int launch_tile(ConvSm80 conv, int groups, void* stream) {
   const int64_t per_step = Tile::chunks * per_chunk<T>, depth = int64_t(conv.r) * conv.s * conv.padded_channels;
   conv.steps = int((depth + per_step - 1) / per_step);
-  const int64_t tiles_m = (int64_t(conv.pixels) + Tile::block_m - 1) / Tile::block_m;
-  const int64_t tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
-  if (tiles_m * tiles_n > 2147483647 || groups > 65535) return int(cudaErrorInvalidValue);
-  const dim3 grid(unsigned(tiles_m * tiles_n), unsigned(groups));  // filters change fastest: x stays in L2
-  return launch<conv_bn_relu_sm80_kernel<T, Tile, aligned>>(grid, Tile::threads, Tile::shared_bytes,
-                                                            static_cast<cudaStream_t>(stream), conv);
+  return launch<conv_bn_relu_sm80_kernel<T, Tile, aligned>>(
+      grid_of<Tile>(conv, groups), Tile::threads, Tile::shared_bytes, static_cast<cudaStream_t>(stream), conv);
 }
 
 // halo_rows of a block's pixels; its steps go through the taps of one slice of channels after the other.
@@ -67,13 +69,13 @@ int launch_halo(ConvSm80 conv, int groups, int64_t halo_rows, void* stream) {
   conv.steps = (conv.channels + per_step - 1) / per_step * conv.r * conv.s;
   conv.grid_h = conv.p + conv.dilation_h * (conv.r - 1), conv.grid_w = conv.q + conv.dilation_w * (conv.s - 1);
   conv.halo_rows = int((halo_rows + 7) / 8 * 8);  // so that the second buffer begins at the same bank
-  const int operands = Tile::stages * Tile::filter_bytes + 2 * conv.halo_rows * Tile::row_bytes;
+  constexpr int of_filters = Tile::stages * Tile::filter_bytes;
+  static_assert(Tile::stages - 1 <= fewest_halo_taps);
+  static_assert(Tile::batch_norm_bytes + of_filters + 2 * most_halo_rows * Tile::row_bytes <= 99 * 1024);
+  const int operands = of_filters + 2 * conv.halo_rows * Tile::row_bytes;
   const int bytes = Tile::batch_norm_bytes + (operands > Tile::staging_bytes ? operands : Tile::staging_bytes);
-  const int64_t tiles_m = (int64_t(conv.pixels) + Tile::block_m - 1) / Tile::block_m;
-  const int64_t tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
-  if (tiles_m * tiles_n > 2147483647 || groups > 65535) return int(cudaErrorInvalidValue);
-  return launch<conv_bn_relu_sm80_halo_kernel<T, Tile>>(dim3(unsigned(tiles_m * tiles_n), unsigned(groups)),
-                                                        Tile::threads, bytes, static_cast<cudaStream_t>(stream), conv);
+  return launch<conv_bn_relu_sm80_halo_kernel<T, Tile>>(grid_of<Tile>(conv, groups), Tile::threads, bytes,
+                                                        static_cast<cudaStream_t>(stream), conv);
 }
 
 }  // namespace
