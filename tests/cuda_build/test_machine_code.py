@@ -32,16 +32,19 @@ def cuobjdump(*options):
 
 def by_function(text, header):
     """Lines by (architecture, demangled function)."""
-    demangled = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
-    found, arch, name = {}, None, None
-    for line in demangled.splitlines():
+    found, arch, lines = {}, None, []
+    for line in text.splitlines():
         if m := re.search(r"arch = (\S+)", line):
             arch = m[1]
         elif m := re.search(header, line):
-            name = m[1]
-        elif arch and name:
-            found[arch, name] = found.get((arch, name), "") + line + "\n"
-    return found
+            lines = found[arch, m[1]] = []
+        else:
+            lines.append(line)
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(n for _, n in found), capture_output=True, text=True, check=True
+    )
+    demangled = dict(zip((n for _, n in found), names.stdout.splitlines(), strict=True))
+    return {(arch, demangled[name]): "\n".join(lines) for (arch, name), lines in found.items()}
 
 
 @pytest.fixture(scope="module")
