@@ -50,6 +50,9 @@ FAULTS = {
     "wrong swizzle": Fault(
         CONV, "return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside",
         "return row * Tile::row_bytes + swizzle<Tile>(row + 2, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside", "1x1"),
+    "no swizzle": Fault(
+        CONV, "return chunk ^ (Tile::chunks == 4 ? row >> 1 & 3 : row & 7);", "return chunk;", "banks"
+    ),
     "wrong matrix of B": Fault(CONV, "2 * k + lane / 8 % 2", "2 * k + lane / 16", "1x1"),
     "wrong rows of A": Fault(CONV, "warp_row * Tile::warp_m + threadIdx.x % 16;", "warp_row * Tile::warp_m + threadIdx.x % 8;", "1x1"),
     "wrong tap": Fault(CONV, "(at.r * conv.s + at.s) * conv.channels", "(at.s * conv.r + at.r) * conv.channels", "3x3"),
