@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from resnet_fast import models, use_backend
 from resnet_fast.bench import cells
-from resnet_fast.bench.kernels import cudnn_fused
+from resnet_fast.bench.kernels import cudnn_fused, folded
 from resnet_fast.bench.layers import Layer
 from resnet_fast.bench.limits import CLASSES
 from resnet_fast.measure import calibrate, environment, random_model, relative_rms
@@ -75,7 +75,7 @@ class CudnnFused(nn.Module):
         super().__init__()
         conv, bn = stock.conv, stock.bn
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        self.call = cudnn_fused(conv.weight, *vectors, bn.eps, conv.stride, conv.padding, conv.groups)
+        self.call = cudnn_fused(*folded(conv.weight, *vectors, bn.eps), conv.stride, conv.padding, conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.call(x, residual)

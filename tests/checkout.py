@@ -1,5 +1,6 @@
 """The project's sources as a fresh checkout has them."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -14,3 +15,11 @@ def copy_sources(folder: Path) -> Path:
     for name in ("csrc", "resnet_fast", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     return folder
+
+
+def load_setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

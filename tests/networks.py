@@ -5,9 +5,11 @@ from functools import cache
 
 import torch
 import torchvision
+from checks import stock_results
 from torch import nn
 from torchvision.models import feature_extraction
 
+from resnet_fast import models
 from resnet_fast.measure import calibrate, random_model
 
 SMALL, OTHER = (1, 3, 64, 64), (3, 3, 96, 80)  # the example's size, and one with another batch and image
@@ -58,3 +60,11 @@ def tiny():
 def feature_extractor():
     nodes = {"layer2": "a", "layer4.1.relu_1": "b", "fc": "c"}
     return feature_extraction.create_feature_extractor(resnet(), nodes).eval()
+
+
+def ours_and_stock(name, x, dtype):
+    """This package's model and what `stock_results` has of torchvision's, with the same weights."""
+    stock = resnet(getattr(torchvision.models, name))
+    model = getattr(models, name)()
+    model.load_state_dict(stock.state_dict())
+    return model.eval().to(dtype), stock_results(stock, [x], dtype)

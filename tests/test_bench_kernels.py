@@ -35,8 +35,7 @@ def stand_in(monkeypatch):
 def test_cudnn_fused_folds_batch_norm(layer):
     work = kernels.problem(layer, 2, torch.float32, "cpu")
     t, n = work.tensors, work.numbers
-    vectors = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
-    call = kernels.cudnn_fused(t["weight"], *vectors, kernels.EPS, [n["stride"]] * 2, [n["padding"]] * 2, n["groups"])
+    call = kernels.cudnn_fused(*work.folded(), [n["stride"]] * 2, [n["padding"]] * 2, n["groups"])
     assert relative_rms(call(t["input"], t["residual"]), work.reference()) < 1e-6
 
 

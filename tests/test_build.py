@@ -1,7 +1,6 @@
 """A build from source, and that its objects of the instruction-set levels are separate: what one level was compiled to
 can never be linked into another."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,17 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, copy_sources
+from checkout import ROOT, copy_sources, load_setup
 
 KERNELS = sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp"))
-
-
-def load_setup():
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 SETUP = load_setup()

@@ -63,7 +63,10 @@ def test_a_call_has_the_problems_sizes_and_addresses(cutlass, monkeypatch):
         ways["CUTLASS sm80, 64"]()
 
 
-@pytest.mark.skipif(os.environ.get("RESNET_FAST_TEST_CUTLASS") != "1", reason="takes about 100 seconds")
+@pytest.mark.skipif(
+    os.environ.get("RESNET_FAST_TEST_CUTLASS") != "1",
+    reason="needs nvcc and CUTLASS's wheel, and takes about 100 seconds",
+)
 @pytest.mark.parametrize(("api", "architecture", "count"), [("sm80", "80", 8), ("sm90", "90a", 2)])
 def test_it_compiles_without_a_spill(cutlass, api, architecture, count):
     """sm80: two types, two tiles, with and without a residual."""

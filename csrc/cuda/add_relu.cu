@@ -17,9 +17,6 @@ namespace {
 constexpr int block_size = 256;
 constexpr int unroll = 2;
 
-// fmaxf(x, 0) would turn NaN into 0; the comparison below is false for NaN and keeps it, as torch.relu does.
-__device__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
-
 template <typename T, typename W>
 __device__ W add_relu_word(W a, W b) {
   const Elements<T, W> x{a}, y{b};

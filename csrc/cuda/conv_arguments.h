@@ -47,11 +47,4 @@ inline ConvShape checked_shape(const torch::stable::Tensor& input, const torch::
   return f;
 }
 
-// `t` with its channels innermost: itself where they are, a copy otherwise.
-inline torch::stable::Tensor channels_last(const torch::stable::Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  if (t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c) return t;
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 }  // namespace resnet_fast

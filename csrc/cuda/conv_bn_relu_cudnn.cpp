@@ -11,6 +11,7 @@
 #include "ops.h"
 
 namespace resnet_fast {
+
 using torch::stable::Tensor;
 
 // It always has the ReLU; without one, bias and residual are passes of their own.

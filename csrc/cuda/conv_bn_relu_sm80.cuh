@@ -33,12 +33,12 @@ struct ConvSm80 {
   float eps;
   bool relu;
   bool vectors;  // whether the output and the residual can be accessed 16 bytes at a time
-  int images, h, w, r, s, p, q;
+  int h, w, r, s, p, q;
   int channels, padded_channels, filters;  // padded: as the reduction counts them
   int all_channels, all_filters;           // of all groups
   int pixels;                              // of the output, N * P * Q
   int steps;                               // of the loop over the reduction
-  int halo_rows, grid_h, grid_w;           // of conv_bn_relu_sm80_halo_kernel
+  int halo_rows, grid_h, grid_w;           // of conv_bn_relu_sm80_halo_kernel; rows that there is memory for
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
 
@@ -77,6 +77,24 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
   static_assert(Tile::chunks == 4 || Tile::chunks == 8);
   return chunk ^ (Tile::chunks == 4 ? row >> 1 & 3 : row & 7);
 }
+
+// A chunk's place in shared memory, in bytes from the start of the rows.
+template <typename Tile>
+__device__ __forceinline__ int chunk_at(int row, int chunk) {
+  return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16;
+}
+
+// The tile that this block computes, and the part of it that is this warp's.
+template <typename Tile>
+struct Part {
+  int group, m0, n0, warp_row, warp_column;
+
+  __device__ __forceinline__ explicit Part(const ConvSm80& conv) {
+    const int tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n, warp = threadIdx.x / 32;
+    group = blockIdx.y, m0 = blockIdx.x / tiles_n * Tile::block_m, n0 = blockIdx.x % tiles_n * Tile::block_n;
+    warp_row = warp / Tile::warps_n, warp_column = warp % Tile::warps_n;
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -148,8 +166,7 @@ struct Loader {
   __device__ __forceinline__ void advance() { place.advance(conv, Tile::chunks * per_chunk<T>); }
   __device__ __forceinline__ static int row_of(int first_row, int i) { return first_row + i * Tile::rows_at_once; }
 
-  // In shared memory, from the start of A's or B's rows.
-  __device__ __forceinline__ int to(int row) const { return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; }
+  __device__ __forceinline__ int to(int row) const { return chunk_at<Tile>(row, chunk); }
 
   __device__ __forceinline__ bool inside(const Corner& corner, const Place& at) const {
     const int h = corner.h + at.r * conv.dilation_h, w = corner.w + at.s * conv.dilation_w;
@@ -234,7 +251,7 @@ __device__ __forceinline__ void multiply_step(Accumulators<Tile>& accumulators, 
   for (int k = 0; k < Tile::row_bytes / 32; ++k) {
     uint32_t fragment_a[Tile::mma_m][4], fragment_b[Tile::mma_n / 2][4];
     // Rows of B 16 apart are swizzled alike.
-    const uint32_t from_b = b + row_b * Tile::row_bytes + swizzle<Tile>(row_b, 2 * k + lane / 8 % 2) * 16;
+    const uint32_t from_b = b + chunk_at<Tile>(row_b, 2 * k + lane / 8 % 2);
 #pragma unroll
     for (int i = 0; i < Tile::mma_m; ++i) load_fragment<T>(fragment_a[i], row_a(i, 2 * k + lane / 16));
 #pragma unroll
@@ -277,9 +294,9 @@ union Chunk {
 template <typename T, typename Tile>
 struct Epilogue {
   const ConvSm80& conv;
+  const Part<Tile>& part;
   const BatchNorm<Tile>& batch_norm;
   float* staging;
-  const int group, m0, n0;
   static constexpr int columns = Tile::block_n / per_chunk<T>;  // chunks of a row
   static constexpr int per_thread = Tile::warp_m * columns / Tile::threads;
   static_assert(Tile::warp_m * columns % Tile::threads == 0 && Tile::threads % columns == 0);
@@ -287,26 +304,26 @@ struct Epilogue {
   __device__ __forceinline__ int column() const { return threadIdx.x % columns * per_chunk<T>; }
   __device__ __forceinline__ int row(int i) const { return threadIdx.x / columns + i * (Tile::threads / columns); }
   __device__ __forceinline__ int64_t offset(int m, int column) const {
-    return int64_t(m) * conv.all_filters + group * conv.filters + n0 + column;
+    return int64_t(m) * conv.all_filters + part.group * conv.filters + part.n0 + column;
   }
   __device__ __forceinline__ bool exists(int m, int column) const {
-    return m < conv.pixels && n0 + column < conv.filters;
+    return m < conv.pixels && part.n0 + column < conv.filters;
   }
 
-  __device__ __forceinline__ void run(const Accumulators<Tile>& accumulators, int warp_row, int warp_column) {
+  __device__ __forceinline__ void run(const Accumulators<Tile>& accumulators) {
 #pragma unroll
     for (int pass = 0; pass < Tile::warps_m; ++pass) {
       Chunk<T> residual[per_thread];
-      load_residual(residual, m0 + pass * Tile::warp_m);
+      load_residual(residual, part.m0 + pass * Tile::warp_m);
       __syncthreads();  // the rows of the pass before have been read
-      if (warp_row == pass) stage(accumulators, warp_column);
+      if (part.warp_row == pass) stage(accumulators);
       __syncthreads();
-      store(residual, m0 + pass * Tile::warp_m);
+      store(residual, part.m0 + pass * Tile::warp_m);
     }
   }
 
-  __device__ __forceinline__ void stage(const Accumulators<Tile>& accumulators, int warp_column) {
-    const int lane = threadIdx.x % 32, first = warp_column * Tile::warp_n + lane % 4 * 2;
+  __device__ __forceinline__ void stage(const Accumulators<Tile>& accumulators) {
+    const int lane = threadIdx.x % 32, first = part.warp_column * Tile::warp_n + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < Tile::mma_m; ++i)
 #pragma unroll
@@ -332,7 +349,7 @@ struct Epilogue {
   __device__ __forceinline__ T finished(float x, int column, bool has_residual, T residual) const {
     x = (x - batch_norm.centre[column]) * batch_norm.scale[column] + batch_norm.shift[column];
     if (has_residual) x += to_float(residual);
-    return from_float<T>(conv.relu && x < 0.0f ? 0.0f : x);  // NaN stays, as with torch.relu
+    return from_float<T>(conv.relu ? relu(x) : x);
   }
 
   __device__ __forceinline__ void store(const Chunk<T> (&residual)[per_thread], int first_m) const {
@@ -372,15 +389,12 @@ template <typename T, typename Tile, bool aligned>
 __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::blocks - 1)
     conv_bn_relu_sm80_kernel(const __grid_constant__ ConvSm80 conv) {
   unsigned char* shared = dynamic_shared();
-  const int tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
-  const int group = blockIdx.y, n0 = blockIdx.x % tiles_n * Tile::block_n, m0 = blockIdx.x / tiles_n * Tile::block_m;
-  const int warp = threadIdx.x / 32, warp_row = warp / Tile::warps_n, warp_column = warp % Tile::warps_n;
-
+  const Part<Tile> part(conv);
   auto& batch_norm = *reinterpret_cast<BatchNorm<Tile>*>(shared);
-  batch_norm.load(conv, group, n0);
+  batch_norm.load(conv, part.group, part.n0);
   unsigned char* operands = shared + Tile::batch_norm_bytes;
 
-  Loader<T, Tile, aligned> loader(conv, group, m0, n0);
+  Loader<T, Tile, aligned> loader(conv, part.group, part.m0, part.n0);
   const auto stage_a = [&](int step) { return operands + step % Tile::stages * Tile::stage_bytes; };
   const auto stage_b = [&](int step) { return stage_a(step) + Tile::block_m * Tile::row_bytes; };
   const auto start_load = [&](int step) {
@@ -397,7 +411,8 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
     }
   };
 
-  const int row = warp_row * Tile::warp_m + threadIdx.x % 16;  // of A, this lane's first; those 16 apart swizzle alike
+  const int row =
+      part.warp_row * Tile::warp_m + threadIdx.x % 16;  // of A, this lane's first; those 16 apart swizzle alike
   Accumulators<Tile> accumulators = {};
 #pragma unroll
   for (int step = 0; step < Tile::stages - 1; ++step) start_load(step), finish_load(step);
@@ -405,16 +420,15 @@ __global__ void __launch_bounds__(Tile::threads, aligned ? Tile::blocks : Tile::
     if constexpr (aligned) ptx::cp_async_wait<Tile::stages - 2>();
     __syncthreads();  // this step is there for all, and all are done with the one whose place the next load takes
     start_load(step + Tile::stages - 1);
-    const uint32_t a = ptx::shared_address(stage_a(step)) + row * Tile::row_bytes;
+    const uint32_t a = ptx::shared_address(stage_a(step));
     multiply_step<T, Tile>(
-        accumulators, [&](int i, int chunk) { return a + i * 16 * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; },
-        ptx::shared_address(stage_b(step)) + warp_column * Tile::warp_n * Tile::row_bytes);
+        accumulators, [&](int i, int chunk) { return a + chunk_at<Tile>(row, chunk) + i * 16 * Tile::row_bytes; },
+        ptx::shared_address(stage_b(step)) + part.warp_column * Tile::warp_n * Tile::row_bytes);
     finish_load(step + Tile::stages - 1);
   }
   if constexpr (aligned) ptx::cp_async_wait<0>();
 
-  Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(operands), group, m0, n0}.run(accumulators, warp_row,
-                                                                                             warp_column);
+  Epilogue<T, Tile>{conv, part, batch_norm, reinterpret_cast<float*>(operands)}.run(accumulators);
 }
 
 }  // namespace resnet_fast

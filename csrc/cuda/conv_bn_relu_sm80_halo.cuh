@@ -25,6 +25,7 @@ struct HaloLoader {
   const ConvSm80& conv;
   const T *x, *weight;  // of the group
   const int chunk, first_row, n0, first_position;
+  int halo_rows;           // from there to the end of the last pixel's window
   int slice = 0, tap = 0;  // of the filters' next copy
 
   __device__ __forceinline__ HaloLoader(const ConvSm80& conv, int group, int m0, int n0)
@@ -34,23 +35,26 @@ struct HaloLoader {
         chunk(threadIdx.x % Tile::chunks),
         first_row(threadIdx.x / Tile::chunks),
         n0(n0),
-        first_position(halo_position(conv, m0)) {}
+        first_position(halo_position(conv, m0)) {
+    const int last_pixel = min(m0 + Tile::block_m, conv.pixels) - 1;
+    const int last_tap = (conv.r - 1) * conv.dilation_h * conv.grid_w + (conv.s - 1) * conv.dilation_w;
+    halo_rows = halo_position(conv, last_pixel) + last_tap - first_position + 1;
+  }
 
   __device__ __forceinline__ int channel(int slice) const { return (slice * Tile::chunks + chunk) * per_chunk<T>; }
   __device__ __forceinline__ bool exists(int slice) const {
     return slice * Tile::chunks * per_chunk<T> < conv.channels;
   }
-  __device__ __forceinline__ int to(int row) const { return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; }
+  __device__ __forceinline__ int to(int row) const { return chunk_at<Tile>(row, chunk); }
 
   // Starts the copy of a slice of the halo.
   __device__ __forceinline__ void copy_halo(uint32_t a, int slice) const {
     const int c = channel(slice);
-    for (int row = first_row; row < conv.halo_rows; row += Tile::rows_at_once) {
+    for (int row = first_row; row < halo_rows; row += Tile::rows_at_once) {
       const int position = first_position + row, column = position % conv.grid_w, rows = position / conv.grid_w;
       const int h = rows % conv.grid_h - conv.padding_h, w = column - conv.padding_w;
       const int64_t n = rows / conv.grid_h;
-      const bool ok =
-          n < conv.images && c < conv.channels && unsigned(h) < unsigned(conv.h) && unsigned(w) < unsigned(conv.w);
+      const bool ok = c < conv.channels && unsigned(h) < unsigned(conv.h) && unsigned(w) < unsigned(conv.w);
       ptx::cp_async_16(a + to(row), ok ? x + ((n * conv.h + h) * conv.w + w) * conv.all_channels + c : x, ok);
     }
   }
@@ -72,22 +76,19 @@ template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     conv_bn_relu_sm80_halo_kernel(const __grid_constant__ ConvSm80 conv) {
   unsigned char* shared = dynamic_shared();
-  const int tiles_n = (conv.filters + Tile::block_n - 1) / Tile::block_n;
-  const int group = blockIdx.y, n0 = blockIdx.x % tiles_n * Tile::block_n, m0 = blockIdx.x / tiles_n * Tile::block_m;
-  const int warp = threadIdx.x / 32, warp_row = warp / Tile::warps_n, warp_column = warp % Tile::warps_n;
-
+  const Part<Tile> part(conv);
   auto& batch_norm = *reinterpret_cast<BatchNorm<Tile>*>(shared);
-  batch_norm.load(conv, group, n0);
+  batch_norm.load(conv, part.group, part.n0);
   unsigned char* operands = shared + Tile::batch_norm_bytes;
   const uint32_t filters = ptx::shared_address(operands), halo = filters + Tile::stages * Tile::filter_bytes;
   const auto filters_of = [&](int step) { return filters + step % Tile::stages * Tile::filter_bytes; };
   const auto halo_of = [&](int slice) { return halo + slice % 2 * conv.halo_rows * Tile::row_bytes; };
 
-  HaloLoader<T, Tile> loader(conv, group, m0, n0);
+  HaloLoader<T, Tile> loader(conv, part.group, part.m0, part.n0);
   int rows[Tile::mma_m];  // of the halo, for this lane's pixels at the window's first tap
 #pragma unroll
   for (int i = 0; i < Tile::mma_m; ++i) {
-    const int pixel = m0 + warp_row * Tile::warp_m + i * 16 + int(threadIdx.x) % 16;
+    const int pixel = part.m0 + part.warp_row * Tile::warp_m + i * 16 + int(threadIdx.x) % 16;
     rows[i] = pixel < conv.pixels ? halo_position(conv, pixel) - loader.first_position : 0;
   }
 
@@ -110,19 +111,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     const uint32_t a = halo_of(slice);
     const int tap = r * conv.dilation_h * conv.grid_w + s * conv.dilation_w;
     multiply_step<T, Tile>(
-        accumulators,
-        [&](int i, int chunk) {
-          const int row = rows[i] + tap;
-          return a + row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16;
-        },
-        filters_of(step) + warp_column * Tile::warp_n * Tile::row_bytes);
+        accumulators, [&](int i, int chunk) { return a + chunk_at<Tile>(rows[i] + tap, chunk); },
+        filters_of(step) + part.warp_column * Tile::warp_n * Tile::row_bytes);
     if (++s == conv.s) s = 0, ++r;
     if (r == conv.r) r = 0, ++slice;
   }
   ptx::cp_async_wait<0>();
 
-  Epilogue<T, Tile>{conv, batch_norm, reinterpret_cast<float*>(operands), group, m0, n0}.run(accumulators, warp_row,
-                                                                                             warp_column);
+  Epilogue<T, Tile>{conv, part, batch_norm, reinterpret_cast<float*>(operands)}.run(accumulators);
 }
 
 }  // namespace resnet_fast

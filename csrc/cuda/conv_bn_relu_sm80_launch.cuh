@@ -33,7 +33,7 @@ ConvSm80 problem_of(const ConvBnRelu& from) {
   c.bias = from.bias, c.bn_weight = from.bn_weight, c.bn_bias = from.bn_bias;
   c.running_mean = from.running_mean, c.running_var = from.running_var;
   c.eps = from.eps, c.relu = from.relu;
-  c.images = int(f.n), c.h = int(f.h), c.w = int(f.w), c.r = int(f.r), c.s = int(f.s), c.p = int(f.p), c.q = int(f.q);
+  c.h = int(f.h), c.w = int(f.w), c.r = int(f.r), c.s = int(f.s), c.p = int(f.p), c.q = int(f.q);
   c.all_channels = int(f.c), c.all_filters = int(f.k);
   c.channels = int(f.c / f.groups), c.filters = int(f.k / f.groups);
   constexpr int chunk = per_chunk<T>;

@@ -1,4 +1,4 @@
-// Between float and the types that maps are kept in.
+// Single values: between float and the types that maps are kept in, and ReLU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +10,9 @@ namespace resnet_fast {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
+
+// fmaxf(x, 0) would turn NaN into 0; the comparison below is false for NaN and keeps it, as torch.relu does.
+__device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 template <typename T>
 __device__ T from_float(float x);

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -73,6 +74,13 @@ inline torch::stable::Tensor empty_channels_last(const std::array<int64_t, 4>& s
                                                  const torch::stable::Tensor& like) {
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
   return empty_strided<4>(sizes, {h * w * c, 1, w * c, c}, like);
+}
+
+// `t` with its channels innermost: itself where they are, a copy otherwise.
+inline torch::stable::Tensor channels_last(const torch::stable::Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  if (t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c) return t;
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 inline FilterVector filter_vector(const std::optional<torch::stable::Tensor>& t) {

@@ -1,9 +1,6 @@
 // The host sides of max_pool and avg_pool_flatten on CUDA.
 #include "pooling.h"
 
-#include <algorithm>
-
-#include "conv_arguments.h"
 #include "ops.h"
 
 namespace resnet_fast {

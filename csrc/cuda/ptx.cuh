@@ -45,6 +45,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t row) {
                : "memory");
 }
 
+// As ldmatrix_x4, of transposed matrices: lane i gets the elements i / 4 of rows 2 (i % 4), 2 (i % 4) + 1.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
 // c += a b in float32, a [16, 16] and b [16, 8] in 16 bits, or a [16, 8] and b [8, 8] in TF32.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -230,14 +238,6 @@ __device__ __forceinline__ void tma_store_wait() {
 }
 
 // --- sm_90: matrices ---
-
-// As ldmatrix_x4, of transposed matrices: lane i gets the elements i / 4 of rows 2 (i % 4), 2 (i % 4) + 1.
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(row)
-               : "memory");
-}
 
 // The reverse of ldmatrix_x4.
 __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&in)[4]) {

@@ -93,9 +93,8 @@ class Problem:
 
     def cudnn(self) -> Callable[..., Tensor]:
         """`cudnn_fused` of this layer."""
-        t, n = self.tensors, self.numbers
-        vectors = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
-        return cudnn_fused(t["weight"], *vectors, EPS, [n["stride"]] * 2, [n["padding"]] * 2, n["groups"], n["relu"])
+        n = self.numbers
+        return cudnn_fused(*self.folded(), [n["stride"]] * 2, [n["padding"]] * 2, n["groups"], n["relu"])
 
     def others(self) -> Calls:
         t = self.tensors
@@ -373,21 +372,16 @@ def folded(
 
 
 def cudnn_fused(
-    weight: Tensor,  # [K, C / groups, R, S]
-    bn_weight: Tensor,  # [K], as the following three
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
+    weight: Tensor,  # [K, C / groups, R, S], channels_last
+    bias: Tensor,  # [K]
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
     relu: bool = True,
 ) -> Callable[..., Tensor]:
-    """A function of an input and a residual or None: cuDNN's convolution + bias (+ residual) + ReLU, with BatchNorm
-    folded into weight and bias beforehand. Without a ReLU, which the fused operators always have, there is no residual
-    and torch adds the bias."""
-    weight, bias = folded(weight, bn_weight, bn_bias, running_mean, running_var, eps)
+    """A function of an input and a residual or None: cuDNN's convolution + bias (+ residual) + ReLU; BatchNorm is in
+    weight and bias (`folded`). Without a ReLU, which the fused operators always have, there is no residual and torch
+    adds the bias."""
     geometry = (stride, padding, [1, 1], groups)
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -33,10 +33,10 @@ FAULTS = {
     "stages while operands are read": Fault(
         CONV, "      __syncthreads();  // the rows of the pass before have been read\n", "", "3x3", "thread"),
     "stores before all have staged": Fault(
-        CONV, "stage(accumulators, warp_column);\n      __syncthreads();", "stage(accumulators, warp_column);", "3x3"),
+        CONV, "stage(accumulators);\n      __syncthreads();", "stage(accumulators);", "3x3"),
     "barrier in divergent code": Fault(
-        CONV, "      if (warp_row == pass) stage(accumulators, warp_column);\n      __syncthreads();",
-        "      if (warp_row == pass) {\n        stage(accumulators, warp_column);\n        __syncthreads();\n      }", "3x3"),
+        CONV, "      if (part.warp_row == pass) stage(accumulators);\n      __syncthreads();",
+        "      if (part.warp_row == pass) {\n        stage(accumulators);\n        __syncthreads();\n      }", "3x3"),
     "beyond the right border": Fault(CONV, " && unsigned(w) < unsigned(conv.w);", ";", "3x3"),
     "above the image": Fault(CONV, "at.r < conv.r && unsigned(h) < unsigned(conv.h)", "at.r < conv.r && h < conv.h", "3x3 stride 2"),
     "filters that do not exist": Fault(
@@ -44,12 +44,12 @@ FAULTS = {
     "pixels that do not exist": Fault(
         CONV, "    if (pixel >= conv.pixels) return {0, -(1 << 30), 0};  // nothing is inside the image\n", "", "1x1", "address"),
     "stores pixels that do not exist": Fault(
-        CONV, "return m < conv.pixels && n0", "return n0", "1x1", "address"),
+        CONV, "return m < conv.pixels && part.n0", "return part.n0", "1x1", "address"),
     "stores filters that do not exist": Fault(
         CONV, "          if (!exists(m, column() + e)) break;\n", "", "odd"),
     "wrong swizzle": Fault(
-        CONV, "return row * Tile::row_bytes + swizzle<Tile>(row, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside",
-        "return row * Tile::row_bytes + swizzle<Tile>(row + 2, chunk) * 16; }\n\n  __device__ __forceinline__ bool inside", "1x1"),
+        CONV, "chunk_at<Tile>(row, chunk); }\n\n  __device__ __forceinline__ bool inside",
+        "chunk_at<Tile>(row ^ 2, chunk); }\n\n  __device__ __forceinline__ bool inside", "1x1"),
     "no swizzle": Fault(
         CONV, "return chunk ^ (Tile::chunks == 4 ? row >> 1 & 3 : row & 7);", "return chunk;", "banks"
     ),
@@ -68,7 +68,7 @@ FAULTS = {
     "row of the wrong lane": Fault(
         CONV, "store_shared(to + 8 * Tile::staging_columns", "store_shared(to + 4 * Tile::staging_columns", "1x1"),
     "residual of the pass before": Fault(
-        CONV, "load_residual(residual, m0 + pass * Tile::warp_m);", "load_residual(residual, m0);", "3x3"),
+        CONV, "load_residual(residual, part.m0 + pass * Tile::warp_m);", "load_residual(residual, part.m0);", "3x3"),
     "halo: waits for one group too few": Fault(
         HALO, "    ptx::cp_async_wait<Tile::stages - 2>();", "    ptx::cp_async_wait<Tile::stages - 1>();", "halo"),
     "halo: no barrier in the loop": Fault(
@@ -77,7 +77,7 @@ FAULTS = {
     "halo: copied a tap late": Fault(HALO, "if (r == 0 && s == 0 && loader", "if (r == conv.r - 1 && s == conv.s - 1 && loader", "halo"),
     "halo: images without padding between them": Fault(
         HALO, "(rows / conv.p * conv.grid_h + rows % conv.p)", "rows", "halo"),
-    "halo: beyond the last image": Fault(HALO, "          n < conv.images && c", "          c", "halo", "address"),
+    "halo: rows behind the last window": Fault(HALO, "- first_position + 1;", "- first_position + 1 + 2 * conv.grid_w;", "halo", "address"),
     "halo: rows of the image": Fault(HALO, "r * conv.dilation_h * conv.grid_w", "r * conv.dilation_h * conv.w", "halo"),
     "add_relu: a tail too long": Fault("add_relu.cu", "blockIdx.x == 0 && tail < n", "blockIdx.x == 0 && tail <= n", "add_relu", "address"),
     "add_relu: elements left out": Fault("add_relu.cu", "base < words; base += step", "base + 1 < words; base += step", "add_relu"),

@@ -4,9 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-import torchvision
-from checks import NoConvolution, assert_accurate, stock_results
-from networks import images, resnet
+from checks import NoConvolution, assert_accurate
+from networks import images, ours_and_stock
 
 import resnet_fast
 from resnet_fast import models
@@ -22,19 +21,15 @@ CONVOLUTIONS = {"resnet18": 20, "resnet50": 53}
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
 def test_network(name, dtype):
-    stock, x = resnet(getattr(torchvision.models, name)), images(1, 3, 64, 64)
-    model = getattr(models, name)()
-    model.load_state_dict(stock.state_dict())
-    model.eval().to(dtype)
-    exact, *others = stock_results(stock, [x], dtype)
+    x = images(1, 3, 64, 64)
+    model, (exact, *others) = ours_and_stock(name, x, dtype)
     with emulated.launches() as found, NoConvolution("max_pool2d", "avg_pool2d"):
         out = model(x.to(dtype))
     convolutions = Counter({n: times for n, times in found.items() if n.startswith("conv")})
     assert convolutions.total() == CONVOLUTIONS[name]
     assert found - convolutions == Counter(max_pool_kernel=1, avg_pool_flatten_kernel=1)
     if dtype == torch.float32:  # its operands in TF32, 10 bits of mantissa: as many as float16 has
-        half = stock_results(stock, [x], torch.float16)[1:]
-        others = [t.float() for t in half]
+        others = [t.float() for t in ours_and_stock(name, x, torch.float16)[1][1:]]
     assert_accurate(out, exact, others)
 
 

@@ -2,14 +2,13 @@
 the emulator (gpu). What must not be done is named by the emulator."""
 
 import ctypes
-import os
-import shutil
 import subprocess
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from checkout import load_setup
 
 from . import build
 
@@ -333,23 +332,19 @@ def test_emulated(name, options):
     compare(name, emulated().run(name, data), model(name, data))
 
 
-def _nvcc():
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
-
-
 def _is_sm90():
     return torch.cuda.get_device_capability() == (9, 0)
 
 
 def for_gpu(source, folder):
     """The library made of a .cu file for the GPU that is there."""
-    if _nvcc() is None:
-        pytest.skip("nvcc is needed")
+    toolkit = load_setup().find_cuda_home()
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit to compile the instructions with")
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}{'a' if _is_sm90() else ''}"
     library = folder / f"{source.stem}.so"
-    command = [_nvcc(), "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-shared"]
+    command = [f"{toolkit}/bin/nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-shared"]
     command += ["-Xcompiler", "-fPIC", f"-I{build.KERNELS}", str(source), "-o", str(library)]
     if _is_sm90():
         command.append("-DPRIMITIVES_SM90")

@@ -4,11 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-import torchvision
-from checks import NoConvolution, assert_accurate, stock_results
-from networks import images, resnet
-
-from resnet_fast import models
+from checks import NoConvolution, assert_accurate
+from networks import images, ours_and_stock
 
 from .kernels import launches
 
@@ -30,11 +27,8 @@ STEM = Counter(pad_kernel=1, conv_few_channels_max_pool_kernel=1)
 )
 @torch.no_grad()
 def test_network(name, dtype):
-    stock, x = resnet(getattr(torchvision.models, name)), images(1, 3, 64, 64)
-    model = getattr(models, name)()
-    model.load_state_dict(stock.state_dict())
-    model.eval().to(dtype)
-    exact, *others = stock_results(stock, [x], dtype)
+    x = images(1, 3, 64, 64)
+    model, (exact, *others) = ours_and_stock(name, x, dtype)
     with launches() as found, NoConvolution():
         out = model(x.to(dtype))
     expected = BY_POINTERS[name] + Counter(max_pool_kernel=1) if dtype == torch.float32 else BY_DESCRIPTORS[name] + STEM
