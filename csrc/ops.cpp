@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/map_pool.h"
@@ -136,6 +137,52 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // relu(a + b)
   m.def("add_relu(Tensor a, Tensor b) -> Tensor");
 
+  // Training. Mean and biased variance [C] of a map, in float32.
+  m.def("batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)");
+  // relu(batch_norm(input) + residual), batch statistics; mask: where the ReLU lets gradients through, a bit a value,
+  // [N, H, W, ceil(C / 8)], empty where the sign can be computed again
+  m.def(
+      "batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu) "
+      "-> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
+  // relu(batch_norm(input) + batch_norm(shortcut))
+  m.def(
+      "batch_norm_relu_projection(Tensor input, Tensor? weight, Tensor? bias, Tensor shortcut, "
+      "Tensor? shortcut_weight, Tensor? shortcut_bias, float eps, float shortcut_eps) "
+      "-> (Tensor out, Tensor mask, Tensor mean, Tensor var, Tensor shortcut_mean, Tensor shortcut_var)");
+  // conv2d(relu(batch_norm(input)), weight, bias); mean and var are batch_norm_statistics(input)
+  m.def(
+      "batch_norm_relu_conv(Tensor input, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor weight, "
+      "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps) -> Tensor");
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+      "-> Tensor");
+  // indices: of each largest value its place under the kernel, row by row, in 8 bits
+  m.def(
+      "max_pool_with_indices(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode) -> (Tensor out, Tensor indices)");
+  m.def(
+      "update_running_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+      "int count) -> ()");
+  // Their gradients; where `needs` says that one is not asked for, an empty tensor.
+  m.def(
+      "_batch_norm_relu_backward(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "Tensor? mask, float eps, bool relu, bool needs_residual) "
+      "-> (Tensor input, Tensor weight, Tensor bias, Tensor residual)");
+  m.def(
+      "_batch_norm_relu_projection_backward(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor shortcut, Tensor shortcut_mean, Tensor shortcut_var, Tensor? shortcut_weight, Tensor mask, float eps, "
+      "float shortcut_eps) -> (Tensor input, Tensor weight, Tensor bias, Tensor shortcut, Tensor shortcut_weight)");
+  m.def(
+      "_batch_norm_relu_conv_backward(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? bn_weight, "
+      "Tensor? bn_bias, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
+      "bool[5] needs) -> (Tensor input, Tensor bn_weight, Tensor bn_bias, Tensor weight, Tensor bias)");
+  m.def(
+      "_conv2d_backward(Tensor grad, Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, bool[3] needs) -> (Tensor input, Tensor weight, Tensor bias)");
+  m.def(
+      "_max_pool_backward(Tensor grad, Tensor indices, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int[2] input_size) -> Tensor");
+
   m.def("_add_relu_cpu(Tensor a, Tensor b) -> Tensor");
   m.def("_add_relu_cuda(Tensor a, Tensor b) -> Tensor");
   m.def(
@@ -164,6 +211,26 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_max_pool_cpu(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
       "int[2] output_size) -> Tensor");
   m.def("_avg_pool_flatten_cpu(Tensor input) -> Tensor");
+  // The kernels of the training operators, with one signature for the CPU and for CUDA.
+  for (const std::string device : {"_cpu", "_cuda"}) {
+    const auto def = [&](const std::string& name, const std::string& rest) { m.def((name + device + rest).c_str()); };
+    def("_batch_norm_statistics", "(Tensor input) -> (Tensor mean, Tensor var)");
+    def("_batch_norm_relu",
+        "(Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+        "Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? residual_bias, "
+        "float residual_eps, bool relu, bool with_mask) -> (Tensor out, Tensor mask)");
+    def("_batch_norm_relu_backward",
+        "(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? mask, "
+        "Tensor? shortcut, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_weight, float shortcut_eps, "
+        "bool relu, bool needs_residual) "
+        "-> (Tensor input, Tensor weight, Tensor bias, Tensor shortcut, Tensor shortcut_weight)");
+    def("_max_pool_with_indices",
+        "(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int[2] output_size) "
+        "-> (Tensor out, Tensor indices)");
+    def("_max_pool_backward",
+        "(Tensor grad, Tensor indices, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+        "int[2] input_size) -> Tensor");
+  }
   m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
   m.def("_pack_grouped(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
   m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");
@@ -219,6 +286,11 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_conv_few_channels_max_pool", TORCH_BOX(&resnet_fast::conv_few_channels_max_pool));
   m.impl("_max_pool_cpu", TORCH_BOX(&resnet_fast::max_pool_cpu));
   m.impl("_avg_pool_flatten_cpu", TORCH_BOX(&resnet_fast::avg_pool_flatten_cpu));
+  m.impl("_batch_norm_statistics_cpu", TORCH_BOX(&resnet_fast::batch_norm_statistics_cpu));
+  m.impl("_batch_norm_relu_cpu", TORCH_BOX(&resnet_fast::batch_norm_relu_cpu));
+  m.impl("_batch_norm_relu_backward_cpu", TORCH_BOX(&resnet_fast::batch_norm_relu_backward_cpu));
+  m.impl("_max_pool_with_indices_cpu", TORCH_BOX(&resnet_fast::max_pool_with_indices_cpu));
+  m.impl("_max_pool_backward_cpu", TORCH_BOX(&resnet_fast::max_pool_backward_cpu));
   m.impl("_pack_gemm", TORCH_BOX(&resnet_fast::pack_gemm));
   m.impl("_pack_grouped", TORCH_BOX(&resnet_fast::pack_grouped));
   m.impl("_pack_winograd", TORCH_BOX(&resnet_fast::pack_winograd));

@@ -31,6 +31,14 @@ else:
 
 NAMES = ("reference", "cpu", "triton", "cuda", "cudnn")
 _CONVOLUTIONS = ("conv_bn_relu", "conv_bn_relu_max_pool", "conv_bn_relu_projection")
+TRAINING = (
+    "batch_norm_relu",
+    "batch_norm_relu_conv",
+    "batch_norm_relu_projection",
+    "batch_norm_statistics",
+    "conv2d",
+    "max_pool_with_indices",
+)
 _ON_THE_CPU = ("add_relu", "avg_pool_flatten", "max_pool")  # whether torch has oneDNN or not
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # as in csrc/cpu/levels.cpp
 
@@ -115,11 +123,11 @@ def tf32_allowed() -> bool:
 
 def _reference() -> Backend:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return Backend("reference", (*_ON_THE_CPU, *_CONVOLUTIONS), devices, "plain torch operators")
+    return Backend("reference", (*_ON_THE_CPU, *_CONVOLUTIONS, *TRAINING), devices, "plain torch operators")
 
 
 def _cpu() -> Backend:
-    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS, *TRAINING)
     try:
         level = cpu_level()
     except RuntimeError as error:
@@ -130,7 +138,7 @@ def _cpu() -> Backend:
 
 
 def _triton() -> Backend:
-    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS, *TRAINING)
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", operators, (), "the package triton is not installed (CPU builds of torch lack it)")
     if triton_interpreted():
@@ -141,7 +149,7 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    operators = (*_ON_THE_CPU, *_CONVOLUTIONS)
+    operators = (*_ON_THE_CPU, *_CONVOLUTIONS, *TRAINING)
     if cuda_emulated():
         return Backend("cuda", operators, ("cpu",), "CUDA C++ kernels in the emulator: slow")
     if _cuda_library_error is not None:

@@ -14,7 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .backends import backends, cpu_level, forced, interpreter_has_bfloat16, tf32_allowed
+from .backends import TRAINING, backends, cpu_level, forced, interpreter_has_bfloat16, tf32_allowed
 
 _16_BIT = (torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, *_16_BIT)
@@ -80,7 +80,7 @@ def _forced_choice(operator: str, device: str, dtype: torch.dtype, name: str, tf
             raise RuntimeError(
                 "backend 'triton' cannot run bfloat16 in Triton's interpreter, which computes on its raw bits"
             )
-        if name == "cuda" and operator.startswith("conv") and not tf32:
+        if name == "cuda" and operator.startswith("conv_bn") and not tf32:
             raise RuntimeError(
                 f"backend 'cuda' cannot run {operator} in float32, which it multiplies as TF32: "
                 "torch.backends.cudnn.allow_tf32 is False"
@@ -97,8 +97,10 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
     if device == "cpu":
         if operator not in backends()["cpu"].operators:
             return choice("reference", "this torch has no oneDNN")
-        if operator in ("max_pool", "avg_pool_flatten"):
+        if operator in ("max_pool", "max_pool_with_indices", "avg_pool_flatten"):
             return choice("cpu", "vectors of channels on maps in channels_last")
+        if operator.startswith("batch_norm") and operator != "batch_norm_relu_conv":
+            return choice("cpu", "fused: one read for statistics, one pass to apply them")
         if operator != "add_relu" and not library_enabled:
             return choice("reference", "torch.backends.mkldnn.enabled is False")
         if operator == "conv_bn_relu_projection":
@@ -115,7 +117,7 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
             return choice("cudnn", "fused: one pass over the output; the CUDA C++ kernel is not measured yet")
         if operator == "conv_bn_relu_projection" and "cudnn" in works:
             return choice("cudnn", "two fused convolutions; both in one Triton kernel has not been measured yet")
-        if operator in ("max_pool", "avg_pool_flatten"):
+        if operator in ("max_pool", "avg_pool_flatten") or operator in TRAINING:
             return choice("reference", "the CUDA C++ and Triton kernels have not been measured yet")
         if operator == "conv_bn_relu_max_pool":
             return choice("reference", "conv_bn_relu, then torch's max-pooling: the kernel of both is not measured yet")

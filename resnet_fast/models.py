@@ -42,11 +42,13 @@ from .nn.fused import (
     may_avg_pool,
     may_fuse_input,
     may_max_pool,
+    uses_batch_statistics,
     why_plain_avg_pool,
     why_plain_conv_bn,
     why_plain_max_pool,
     why_plain_relu,
 )
+from .nn.training import conv, max_pool, norm
 from .ops import avg_pool_flatten
 
 __all__ = [
@@ -79,7 +81,7 @@ __all__ = [
 class ResNet(tv.ResNet):
     """torchvision's ResNet with a fused stem and average pooling; its blocks are fused if they are this package's.
 
-    Arguments, attributes and state_dict are torchvision's. In training mode exactly torch's operators run.
+    Arguments, attributes and state_dict are torchvision's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,10 +101,19 @@ class ResNet(tv.ResNet):
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
+            if is_plain_tensor(x) and self.why_plain() is None:
+                training = uses_batch_statistics(self.bn1)
+                if not may_fuse_input(x, self.conv1, training, has_residual=False):
+                    return self._plain_stem(x)
+                if training:
+                    out = norm(conv(x, self.conv1), self.bn1)
+                    return max_pool(out, self.maxpool) if self.why_plain_max_pool() is None else self.maxpool(out)
                 if self.why_plain_max_pool() is None and may_max_pool(x):
                     return conv_bn_max_pool(x, self.conv1, self.bn1, self.maxpool)
                 return self.maxpool(conv_bn(x, self.conv1, self.bn1))
+        return self._plain_stem(x)
+
+    def _plain_stem(self, x: Tensor) -> Tensor:
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def _average(self, x: Tensor) -> Tensor:
@@ -115,7 +126,8 @@ class ResNet(tv.ResNet):
     @torch.jit.unused
     def why_plain(self) -> str | None:
         """Why the stem (conv1, bn1, relu) runs torch's operators, judged by its modules, or None if it is fused."""
-        return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1) or why_plain_relu("relu", self.relu)
+        training = uses_batch_statistics(self.bn1)
+        return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1, training) or why_plain_relu("relu", self.relu)
 
     @torch.jit.unused
     def why_plain_max_pool(self) -> str | None:

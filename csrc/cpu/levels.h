@@ -59,6 +59,57 @@ struct PoolRow {
   Storage input_type, output_type;  // the same, or the first is f32
 };
 
+// One row of a map's gradient behind max-pooling; see kernels/max_pool_with_indices.cpp.
+struct PoolGradRow {
+  const void* const* grads;       // [num_rows], each [pixels][channels]: those of the outputs' rows that saw this one
+  const uint8_t* const* indices;  // the same rows of places under the kernel
+  const int64_t* row_taps;        // the kernel's row that lay on this one
+  int64_t num_rows, width, channels, pixels;
+  int64_t kernel, stride, padding, dilation;  // along the row
+  void* output;                               // [width][channels]
+  Storage type;
+};
+
+// A batch normalisation, (x - mean) * scale + shift. All vectors of these structures are [channels] with room for
+// another vector behind; no mean: none.
+struct NormVectors {
+  const float *mean, *scale, *shift;
+};
+
+// relu(norm(input) + residual_norm(residual)) of maps [pixels][channels]; see kernels/batch_norm.cpp.
+struct NormApply {
+  const void* input;
+  NormVectors norm;
+  const void* residual;  // or null
+  NormVectors residual_norm;
+  void* output;
+  uint8_t* mask;  // [pixels][(channels + 7) / 8] or null; a bit a value: whether the gradient passes
+  Storage type;
+  int64_t channels;
+  bool relu;
+};
+
+struct NormSlope {
+  const float *slope, *offset;
+};
+
+// The gradient of it: scale * gradient behind the ReLU + slope * (input - mean) + offset, and the same for a normalised
+// residual, here called shortcut.
+struct NormGrad {
+  const void *grad, *input;
+  NormVectors norm;
+  NormSlope slope;
+  const void* shortcut;  // or null
+  NormVectors shortcut_norm;
+  NormSlope shortcut_slope;
+  const uint8_t* mask;  // or null: with a ReLU, the sign is computed again
+  void* to;             // may be `grad`
+  void* to_shortcut;    // null; without a shortcut the residual's gradient, that behind the ReLU
+  Storage type;
+  int64_t channels;
+  bool relu;
+};
+
 // Groups that share input vectors, and the sizes of such a unit; see kernels/conv_grouped.cpp.
 struct GroupedUnit {
   int64_t channels, filters;
@@ -92,9 +143,18 @@ struct Conv {
   C(conv_row_taps) /* the most that conv_row takes */                                                                  \
   K(void, read_pixels, (const PixelRow& row, Storage weight_type, void* to))                                           \
   K(void, max_pool_row, (const PoolRow& row))                                                                          \
+  K(void, max_pool_row_with_indices, /* row_taps: the kernel's row of each of `row.rows` */                            \
+    (const PoolRow& row, const int64_t* row_taps, uint8_t* indices))                                                   \
+  K(void, max_pool_grad_row, (const PoolGradRow& row))                                                                 \
   K(void, avg_pool,                                                                                                    \
     (const void* map, Storage type, bool channels_last, int64_t pixels, int64_t channels, int64_t channel_begin,       \
      int64_t channel_end, void* output))                                                                               \
+  K(void, batch_norm_moments,                                                                                          \
+    (const void* map, Storage type, int64_t pixels, int64_t channels, int64_t begin, int64_t end, float* moments))     \
+  K(void, batch_norm_apply, (const NormApply& apply, int64_t begin, int64_t end))                                      \
+  K(void, batch_norm_grad_sums,                                                                                        \
+    (const NormGrad& grad, int64_t begin, int64_t end, int64_t channel_begin, int64_t channel_end, float* sums))       \
+  K(void, batch_norm_grad, (const NormGrad& grad, int64_t begin, int64_t end))                                         \
   K(void, conv_gemm,                                                                                                   \
     (const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pixel_end, int64_t filter_begin,                    \
      int64_t filter_end, void* scratch))                                                                               \

@@ -84,6 +84,38 @@ torch::stable::Tensor max_pool_cpu(const torch::stable::Tensor& input, std::vect
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation, std::vector<int64_t> output_size);
 
+// Also the place of each largest value under the kernel, row by row, as uint8 [N, C, P, Q].
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> max_pool_with_indices_cpu(
+    const torch::stable::Tensor& input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_size);
+torch::stable::Tensor max_pool_backward_cpu(const torch::stable::Tensor& grad, const torch::stable::Tensor& indices,
+                                            std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                            std::vector<int64_t> input_size);
+
+// Mean and biased variance of every channel, [C] in float32.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> batch_norm_statistics_cpu(const torch::stable::Tensor& input);
+// relu(norm(input) + residual_norm(residual)) and, if asked for, the ReLU's mask, [N, H, W, ceil(C / 8)]. A norm is of
+// mean, var, weight, bias, each [C], and eps; a residual without a mean is added as it is.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> batch_norm_relu_cpu(
+    const torch::stable::Tensor& input, const torch::stable::Tensor& mean, const torch::stable::Tensor& var,
+    const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias, double eps,
+    const std::optional<torch::stable::Tensor>& residual, const std::optional<torch::stable::Tensor>& residual_mean,
+    const std::optional<torch::stable::Tensor>& residual_var,
+    const std::optional<torch::stable::Tensor>& residual_weight,
+    const std::optional<torch::stable::Tensor>& residual_bias, double residual_eps, bool relu, bool with_mask);
+// Gradients of input, weight, bias, shortcut (without one, if asked for, of the residual) and shortcut_weight. Without
+// a mask the ReLU's sign is computed again. What is not asked for is empty.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+batch_norm_relu_backward_cpu(
+    const torch::stable::Tensor& grad, const torch::stable::Tensor& input, const torch::stable::Tensor& mean,
+    const torch::stable::Tensor& var, const std::optional<torch::stable::Tensor>& weight,
+    const std::optional<torch::stable::Tensor>& bias, double eps, const std::optional<torch::stable::Tensor>& mask,
+    const std::optional<torch::stable::Tensor>& shortcut, const std::optional<torch::stable::Tensor>& shortcut_mean,
+    const std::optional<torch::stable::Tensor>& shortcut_var,
+    const std::optional<torch::stable::Tensor>& shortcut_weight, double shortcut_eps, bool relu, bool needs_residual);
+
 // [N, C]: means over height and width.
 torch::stable::Tensor avg_pool_flatten_cpu(const torch::stable::Tensor& input);
 

@@ -15,10 +15,12 @@ from .fused import (
     is_channels_last,
     is_plain_tensor,
     may_fuse_input,
+    uses_batch_statistics,
     why_plain_conv_bn,
     why_plain_projection,
     why_plain_relu,
 )
+from .training import conv, norm_conv, norm_shortcut
 
 
 def _as_plain(forward: Callable) -> Callable:
@@ -29,7 +31,10 @@ def _as_plain(forward: Callable) -> Callable:
 
 
 class BasicBlock(tv.BasicBlock):
-    """torchvision's BasicBlock: 3x3, 3x3, shortcut; two fused operators in eval mode, the second with a projection."""
+    """torchvision's BasicBlock: 3x3, 3x3, shortcut; two fused operators in eval mode, the second with a projection.
+
+    With batch statistics: a convolution, a normalisation in front of the next one, a normalisation with the shortcut.
+    """
 
     # The last block of a model whose weights are not channels_last hands out a contiguous map, as torchvision's does,
     # so that `.view(n, -1)` behind it works.
@@ -38,51 +43,73 @@ class BasicBlock(tv.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
-                return self._fused(x)
+            if is_plain_tensor(x) and self.why_plain() is None:
+                training = uses_batch_statistics(self.bn1)
+                if may_fuse_input(x, self.conv1, training):
+                    out = self._fused_training(x) if training else self._fused(x)
+                    contiguous = self.hands_out_contiguous and not is_channels_last(self.conv2)
+                    return out.contiguous() if contiguous else out
         return self._plain(x)
 
     @torch.jit.unused
     def why_plain(self) -> str | None:
         """Why this block runs torch's operators, judged by its modules, or None if it is fused."""
+        training = uses_batch_statistics(self.bn1)
         return (
-            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1)
-            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2)
+            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1, training)
+            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2, training)
             or why_plain_relu("relu", self.relu)
-            or why_plain_projection(self.downsample)
+            or why_plain_projection(self.downsample, training)
         )
 
     def _fused(self, x: Tensor) -> Tensor:
         out = conv_bn(x, self.conv1, self.bn1)
-        out = conv_bn_shortcut(out, self.conv2, self.bn2, x, self.downsample)
-        return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
+        return conv_bn_shortcut(out, self.conv2, self.bn2, x, self.downsample)
+
+    def _fused_training(self, x: Tensor) -> Tensor:
+        out = conv(x, self.conv1)
+        out = norm_conv(out, self.bn1, self.conv2)
+        return norm_shortcut(out, self.bn2, x, self.downsample)
 
 
 class Bottleneck(tv.Bottleneck):
-    """torchvision's Bottleneck (V1.5, stride in the 3x3): three fused operators in eval, the last with a projection."""
+    """torchvision's Bottleneck (V1.5, stride in the 3x3): three fused operators in eval, the last with a projection.
+
+    With batch statistics as `BasicBlock`.
+    """
 
     hands_out_contiguous = False  # see BasicBlock
     _plain = _as_plain(tv.Bottleneck.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and self.why_plain() is None and may_fuse_input(x, self.conv1):
-                return self._fused(x)
+            if is_plain_tensor(x) and self.why_plain() is None:
+                training = uses_batch_statistics(self.bn1)
+                if may_fuse_input(x, self.conv1, training):
+                    out = self._fused_training(x) if training else self._fused(x)
+                    contiguous = self.hands_out_contiguous and not is_channels_last(self.conv2)
+                    return out.contiguous() if contiguous else out
         return self._plain(x)
 
     @torch.jit.unused
     def why_plain(self) -> str | None:
         """Why this block runs torch's operators, judged by its modules, or None if it is fused."""
+        training = uses_batch_statistics(self.bn1)
         return (
-            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1)
-            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2)
-            or why_plain_conv_bn("conv3", self.conv3, "bn3", self.bn3)
+            why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1, training)
+            or why_plain_conv_bn("conv2", self.conv2, "bn2", self.bn2, training)
+            or why_plain_conv_bn("conv3", self.conv3, "bn3", self.bn3, training)
             or why_plain_relu("relu", self.relu)
-            or why_plain_projection(self.downsample)
+            or why_plain_projection(self.downsample, training)
         )
 
     def _fused(self, x: Tensor) -> Tensor:
         out = conv_bn(x, self.conv1, self.bn1)
         out = conv_bn(out, self.conv2, self.bn2)
-        out = conv_bn_shortcut(out, self.conv3, self.bn3, x, self.downsample)
-        return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
+        return conv_bn_shortcut(out, self.conv3, self.bn3, x, self.downsample)
+
+    def _fused_training(self, x: Tensor) -> Tensor:
+        out = conv(x, self.conv1)
+        out = norm_conv(out, self.bn1, self.conv2)
+        out = norm_conv(out, self.bn2, self.conv3)
+        return norm_shortcut(out, self.bn3, x, self.downsample)

@@ -16,7 +16,7 @@ from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
 from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
 from ..ops.conv_bn_relu_projection import kernel_for as kernel_for_projection
 from ..ops.weight_cache import CacheInfo, cache_info
-from .fused import choice_for, fused_backend
+from .fused import choice_for, fused_backend, uses_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
         is_model = hasattr(module, "layer4")
         name = ".".join(filter(None, (name, "stem" if is_model else ""))) or "(model)"
         reason = "a global module hook is set" if _has_any_global_hook() else module.why_plain()
-        choice = choice_for(module.conv1) if reason is None else None
+        training = uses_batch_statistics(module.bn1)
+        operator = "batch_norm_relu_conv" if training else "conv_bn_relu"
+        choice = choice_for(module.conv1, operator) if reason is None else None
         fused = choice is not None and choice.backend != "reference"
         blocks.append(
             BlockReport(

@@ -51,18 +51,31 @@ def why_plain_conv(name: str, conv: nn.Module) -> str | None:
     return altered(name, conv)
 
 
-def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
-    """Why convolution -> BatchNorm cannot be fused, judged by the modules alone, or None if it can."""
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether BatchNorm normalises by the batch's own statistics: its own mode decides, not the block's."""
+    if type(bn) is not nn.BatchNorm2d:
+        return False
+    buffers = bn._buffers
+    return bn.training or (buffers.get("running_mean") is None and buffers.get("running_var") is None)
+
+
+def why_plain_conv_bn(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module, training: bool) -> str | None:
+    """Why convolution -> BatchNorm cannot be fused, judged by the modules alone, or None if it can. ``training``:
+    whether it is to be fused with batch statistics."""
     why = why_plain_conv(conv_name, conv)
     if why is not None:
         return why
     if type(bn) is nn.BatchNorm2d:
-        if bn._buffers.get("running_mean") is None or bn._buffers.get("running_var") is None:
+        if uses_batch_statistics(bn) != training:
+            uses = "running" if training else "batch"
+            return f"{bn_name} uses {uses} statistics, unlike the first BatchNorm of the block"
+        running = [bn._buffers.get(name) is None for name in ("running_mean", "running_var")]
+        if any(running) and not (training and all(running)):
             return f"{bn_name} has no running statistics"
-        if bn.training:
-            return f"{bn_name} is in training mode (batch statistics)"
         affine = bn._parameters
     elif _is_frozen_batch_norm(bn):
+        if training:
+            return f"{bn_name} is frozen, unlike the first BatchNorm of the block"
         affine = bn._buffers
     else:
         return f"{bn_name} is {type(bn).__name__}, not BatchNorm2d"
@@ -102,11 +115,11 @@ def why_plain_avg_pool(name: str, pool: nn.Module) -> str | None:
     return altered(name, pool)
 
 
-def why_plain_projection(projection: nn.Module | None) -> str | None:
+def why_plain_projection(projection: nn.Module | None, training: bool) -> str | None:
     """Why a shortcut of convolution and BatchNorm must run as it is, with its whole block; None if it need not."""
     if is_conv_bn(projection):
         return altered("downsample", projection) or why_plain_conv_bn(
-            "downsample.0", projection[0], "downsample.1", projection[1]
+            "downsample.0", projection[0], "downsample.1", projection[1], training
         )
     return None
 
@@ -116,11 +129,11 @@ def is_conv_bn(module: nn.Module | None) -> bool:
     return type(module) is nn.Sequential and len(module) == 2 and isinstance(module[0], nn.Conv2d)
 
 
-def choice_for(conv: nn.Conv2d) -> Choice:
+def choice_for(conv: nn.Conv2d, operator: str) -> Choice:
     """The kernel that a convolution's own device and dtype get; a backend that cannot becomes plain torch, with why."""
     weight = conv.weight
     try:
-        choice = choose("conv_bn_relu", weight.device.type, weight.dtype)
+        choice = choose(operator, weight.device.type, weight.dtype)
     except RuntimeError as error:
         return Choice("reference", "torch", str(error))
     return choice
@@ -145,10 +158,10 @@ def _may_not_fuse(x: Tensor) -> bool:
     return x.dim() != 4 or under_transform() or _has_any_global_hook() or _in_onnx_export()
 
 
-def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
+def may_fuse_input(x: Tensor, conv: nn.Conv2d, training: bool = False, has_residual: bool = True) -> bool:
     """Whether a fused block may run on this plain tensor; the modules have been judged already.
 
-    False under ONNX export, torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as
+    training: with batch statistics; has_residual: whether x is added to the block's result. False under ONNX export, torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as
     fast.
     """
     # Few questions, and cheap ones first: after a convolution none of this code is in the CPU's cache any more, and
@@ -164,11 +177,13 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d) -> bool:
         return False
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
         # Under autocast a float32 residual would make torch's block return float32: leave that one to torch.
-        if dtype != torch.get_autocast_dtype(device) or dtype == torch.float64:
+        cast = torch.get_autocast_dtype(device)
+        if (dtype != cast and (has_residual or not training)) or dtype == torch.float64:
             return False
+        dtype = cast
     elif dtype != weight.dtype:
         return False
-    return fused_backend("conv_bn_relu", device, dtype)
+    return fused_backend("batch_norm_relu_conv" if training else "conv_bn_relu", device, dtype)
 
 
 def may_max_pool(x: Tensor) -> bool:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import conv_bn, conv_bn_projection, is_plain_tensor, may_fuse_input, why_plain_conv, why_plain_conv_bn
+from .fused import (
+    conv_bn,
+    conv_bn_projection,
+    is_plain_tensor,
+    may_fuse_input,
+    uses_batch_statistics,
+    why_plain_conv,
+    why_plain_conv_bn,
+)
+from .training import conv, norm, norm_conv
 
 
 class Residual(nn.Module):
@@ -14,8 +23,8 @@ class Residual(nn.Module):
 
     relu(bn2(conv2(relu(bn1(conv1(X))))) + shortcut(X)), where the shortcut is X itself or a 1x1 convolution without
     BatchNorm. Where BatchNorm is in eval mode each 3x3 convolution runs as one fused operator, the second together with
-    the shortcut's; in training, or where something else stands in the way (`resnet_fast.explain` says what), exactly
-    torch's operators run.
+    the shortcut's; in training each BatchNorm with its ReLU and what follows it. Where something stands in the way
+    (`resnet_fast.explain` says what), exactly torch's operators run.
 
     Args:
         input_channels: channels of the input.
@@ -43,8 +52,10 @@ class Residual(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(X) and self.why_plain() is None and may_fuse_input(X, self.conv1):
-                return self._fused(X)
+            if is_plain_tensor(X) and self.why_plain() is None:
+                training = uses_batch_statistics(self.bn1)
+                if may_fuse_input(X, self.conv1, training):
+                    return self._fused_training(X) if training else self._fused(X)
         Y = F.relu(self.bn1(self.conv1(X)))
         Y = self.bn2(self.conv2(Y))
         if self.conv3 is not None:
@@ -55,8 +66,9 @@ class Residual(nn.Module):
     @torch.jit.unused
     def why_plain(self) -> str | None:
         """Why this block runs torch's operators, judged by its modules, or None if it is fused."""
-        return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1) or why_plain_conv_bn(
-            "conv2", self.conv2, "bn2", self.bn2
+        training = uses_batch_statistics(self.bn1)
+        return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1, training) or why_plain_conv_bn(
+            "conv2", self.conv2, "bn2", self.bn2, training
         )
 
     def _fused(self, X: Tensor) -> Tensor:
@@ -64,6 +76,13 @@ class Residual(nn.Module):
         if conv3 is not None and why_plain_conv("conv3", conv3) is None:
             return conv_bn_projection(Y, self.conv2, self.bn2, X, conv3, None)
         return conv_bn(Y, self.conv2, self.bn2, residual=X if conv3 is None else conv3(X))
+
+    def _fused_training(self, X: Tensor) -> Tensor:
+        Y = norm_conv(conv(X, self.conv1), self.bn1, self.conv2)
+        conv3 = self.conv3
+        if conv3 is not None:
+            X = conv(X, conv3) if why_plain_conv("conv3", conv3) is None else conv3(X)
+        return norm(Y, self.bn2, X)
 
 
 def resnet_block(

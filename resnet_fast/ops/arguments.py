@@ -30,3 +30,23 @@ def as_channels_last(t: Tensor) -> Tensor:
         return t
     t = t.contiguous(memory_format=torch.channels_last)
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+def packed_bits_size(size: Sequence[int]) -> list[int]:
+    """Of `pack_bits` for a map of ``size`` [N, C, H, W]."""
+    n, c, h, w = size
+    return [n, h, w, (c + 7) // 8]
+
+
+def pack_bits(flags: Tensor) -> Tensor:  # [N, C, H, W], bool
+    """One bit a flag, pixel by pixel: bit c % 8 of byte c // 8 of [N, H, W, ceil(C / 8)]; what is left is zero."""
+    flags = torch.nn.functional.pad(flags.permute(0, 2, 3, 1).to(torch.uint8), (0, -flags.shape[1] % 8))
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
+    return (flags.unflatten(-1, (-1, 8)) * places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, channels: int) -> Tensor:  # [N, H, W, ceil(C / 8)], uint8
+    """The flags [N, C, H, W] that `pack_bits` has packed."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flags = (bits.unsqueeze(-1) >> places) & 1
+    return flags.flatten(-2)[..., :channels].permute(0, 3, 1, 2).bool()

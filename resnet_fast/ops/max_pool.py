@@ -75,25 +75,26 @@ def check_max_pool(
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
+    operator: str = "max_pool",
 ) -> list[int]:
     """Checks everything that the kernel relies on; returns the output's size [N, C, P, Q]. The pairs must have 2
     elements."""
     if input.dim() != 4:
-        raise RuntimeError(f"max_pool: input must have 4 dimensions [N, C, H, W], got shape {tuple(input.shape)}")
+        raise RuntimeError(f"{operator}: input must have 4 dimensions [N, C, H, W], got shape {tuple(input.shape)}")
     if not input.is_floating_point():
-        raise RuntimeError(f"max_pool: input must be floating point, got {input.dtype}")
+        raise RuntimeError(f"{operator}: input must be floating point, got {input.dtype}")
     if 0 in input.shape[1:]:
-        raise RuntimeError(f"max_pool: input must not be empty but for its batch, got shape {tuple(input.shape)}")
-    return pooled_size("max_pool", input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+        raise RuntimeError(f"{operator}: input must not be empty but for its batch, got shape {tuple(input.shape)}")
+    return pooled_size(operator, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-def _pairs(kernel_size, stride, padding, dilation) -> list[list[int]]:
+def pool_pairs(operator: str, kernel_size, stride, padding, dilation) -> list[list[int]]:
     values = (kernel_size, stride, padding, dilation)
-    return [pair("max_pool", name, value) for name, value in zip(_PAIRS, values, strict=True)]
+    return [pair(operator, name, value) for name, value in zip(_PAIRS, values, strict=True)]
 
 
 def _fake(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
-    pairs = _pairs(kernel_size, stride, padding, dilation)
+    pairs = pool_pairs("max_pool", kernel_size, stride, padding, dilation)
     return empty_channels_last(input, check_max_pool(input, *pairs, ceil_mode))
 
 
@@ -102,7 +103,7 @@ _op_cuda = torch.ops.resnet_fast._max_pool_cuda.default
 
 
 def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Tensor:
-    pairs = _pairs(kernel_size, stride, padding, dilation)
+    pairs = pool_pairs("max_pool", kernel_size, stride, padding, dilation)
     size = check_max_pool(input, *pairs, ceil_mode)
     backend = choose("max_pool", "cpu" if input.is_cpu else "cuda", input.dtype).backend
     if backend == "cpu":
@@ -119,7 +120,7 @@ def max_pool_kernel(input: Tensor, kernel_size, stride, padding, dilation, ceil_
 
 def _setup_context(ctx, inputs, output: Tensor) -> None:
     input, *pairs, ceil_mode = inputs
-    ctx.geometry = (*_pairs(*pairs), ceil_mode)
+    ctx.geometry = (*pool_pairs("max_pool", *pairs), ceil_mode)
     ctx.save_for_backward(input)
 
 

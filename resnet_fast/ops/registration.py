@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,29 +11,30 @@ from torch.autograd import forward_ad
 
 library = torch.library.Library("resnet_fast", "IMPL")
 
-_kernels: dict[Any, Callable[..., Tensor]] = {}  # by operator
+_kernels: dict[Any, Callable[..., Any]] = {}  # by operator
 
 
 def register(
     name: str,
     *,
-    kernel: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    setup_context: Callable[..., None],
-    backward: Callable[..., tuple],
-    autocast: Callable[..., tuple],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., tuple] | None = None,
+    autocast: Callable[..., tuple] | None = None,
 ) -> None:
     """Gives the operator ``resnet_fast::name`` (schema in csrc/ops.cpp) everything that torch asks of an operator.
 
     Args:
         kernel: runs it on CPU and CUDA tensors; called below autograd and autocast.
-        fake: same arguments, returns an empty tensor with the exact shape, strides, dtype and device of the result.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
+        fake: same arguments, returns empty tensors with the exact shape, strides, dtype and device of the results.
+        setup_context, backward: as `torch.library.register_autograd` takes them. A gradient operator, which is called
+            only where no further gradient is asked for, has none of its own and no autocast.
         autocast: ``autocast(device_type, *args)`` returns the arguments as they are under autocast.
     """
     op = getattr(torch.ops.resnet_fast, name).default
 
-    def checked_kernel(*args: Any) -> Tensor:
+    def checked_kernel(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_forward_ad(name)
         return kernel(*args)
@@ -42,12 +43,14 @@ def register(
     for key in ("CPU", "CUDA"):
         library.impl(name, checked_kernel, key)
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=library)
+    if backward is None:
+        return
     torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=library)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         library.impl(name, _autocast_kernel(op, key, device_type, autocast), key)
 
 
-def dispatch(op: Any, args: tuple, typed: bool = False) -> Tensor:
+def dispatch(op: Any, args: tuple, typed: bool = False) -> Any:
     """``op(*args)``; where no gradient can be asked for, past autograd, whose kernel is Python, and where nobody else
     could see the difference, past the dispatcher: 7 us less a convolution on a Zen 3 core.
 
@@ -100,6 +103,18 @@ def autocast_tensor(t: Tensor | None, device_type: str) -> Tensor | None:
     dtype = torch.get_autocast_dtype(device_type)
     castable = t is not None and t.is_floating_point() and t.dtype not in (dtype, torch.float64)
     return t.to(dtype) if castable and t.device.type == device_type else t
+
+
+def double_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function(*inputs)``, made of torch's operators alone, behind ``grad``, to be differentiated
+    again; None for those that nobody needs."""
+    with torch.enable_grad():
+        aliases = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need and t is not None else None for t, need in zip(aliases, needs, strict=True))
 
 
 def constant_when_compiled(function: Callable) -> Callable:

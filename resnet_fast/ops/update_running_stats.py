@@ -1,0 +1,59 @@
+"""update_running_stats_: what a batch leaves behind in BatchNorm's buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registration import library
+
+
+def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("mean", mean), ("var", var)):
+        if t.dim() != 1 or t.shape != running_mean.shape:
+            raise RuntimeError(
+                f"update_running_stats_: {name} must have shape {tuple(running_mean.shape)}, one value per channel, "
+                f"got {tuple(t.shape)}"
+            )
+        if not t.is_floating_point():
+            raise RuntimeError(f"update_running_stats_: {name} must be floating point, got {t.dtype}")
+        if t.device != running_mean.device:
+            raise RuntimeError(
+                f"update_running_stats_: {name} must be on running_mean's device {running_mean.device}, got {t.device}"
+            )
+    if count < 2:
+        raise RuntimeError(f"update_running_stats_: count must be at least 2 values per channel, got {count}")
+
+
+def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
+    _check(running_mean, running_var, mean, var, momentum, count)
+    # In the wider of both dtypes; the weight of a 16-bit buffer is rounded once, in the store.
+    running_mean.copy_(running_mean.to(mean.dtype) * (1 - momentum) + mean * momentum)
+    running_var.copy_(running_var.to(var.dtype) * (1 - momentum) + var * (momentum * count / (count - 1)))
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl("update_running_stats_", _update, _key)
+torch.library.register_fake("resnet_fast::update_running_stats_", _check, lib=library)
+
+_op = torch.ops.resnet_fast.update_running_stats_.default
+
+
+def update_running_stats_(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None:
+    """Moves BatchNorm's running statistics towards those of a batch, in place, as torch.nn.BatchNorm2d does.
+
+    running = (1 - momentum) * running + momentum * new, with the *unbiased* variance, var * count / (count - 1).
+
+    Args:
+        running_mean, running_var: [C], any floating-point dtype; changed.
+        mean, var: [C], of the batch, var biased: what `batch_norm_statistics` and `batch_norm_relu` return.
+        momentum: share of the batch, 0 to 1; 1 / (number of batches) makes a plain average.
+        count: values per channel, N * H * W, at least 2.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices differ, or count is too small.
+    """
+    with torch.no_grad():
+        _op(running_mean, running_var, mean, var, momentum, count)
