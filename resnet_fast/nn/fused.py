@@ -161,8 +161,8 @@ def _may_not_fuse(x: Tensor) -> bool:
 def may_fuse_input(x: Tensor, conv: nn.Conv2d, training: bool = False, has_residual: bool = True) -> bool:
     """Whether a fused block may run on this plain tensor; the modules have been judged already.
 
-    training: with batch statistics; has_residual: whether x is added to the block's result. False under ONNX export, torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as
-    fast.
+    training: with batch statistics; has_residual: whether x is added to the block's result. False under ONNX export,
+    torch.func transforms and forward-mode AD, and for whatever plain torch refuses or runs as fast.
     """
     # Few questions, and cheap ones first: after a convolution none of this code is in the CPU's cache any more, and
     # each costs microseconds.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choose import choose
-from .arguments import unpack_bits
+from .arguments import pack_bits, unpack_bits
 from .batch_norm_relu import (
     Norm,
     apply_kernel,
@@ -75,7 +75,7 @@ def _backward(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     *inputs, mask, mean, var, shortcut_mean, shortcut_var = ctx.saved_tensors
-    input, weight, bias, shortcut, shortcut_weight, shortcut_bias = inputs
+    input, weight, _, shortcut, shortcut_weight, _ = inputs
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         grad = torch.where(unpack_bits(mask, input.shape[1]), grad, 0)
@@ -169,8 +169,6 @@ def batch_norm_relu_projection(
     """
     args = (input, weight, bias, shortcut, shortcut_weight, shortcut_bias, eps, shortcut_eps)
     if under_transform():
-        from .arguments import pack_bits
-
         out = batch_norm_relu_projection_ref(*args)
         statistics = (
             *statistics_kernel(input.detach(), "reference"),
