@@ -11,7 +11,7 @@ namespace {
 
 // Pixels that are summed before they are added to a total: a sum of sums loses less than one long sum, and the vectors
 // of so many pixels stay in the L1 cache, where the second pass of a variance finds them.
-constexpr int64_t run = 64;
+constexpr int64_t run = 32;
 
 // job.panel<vectors>(channel, n) for all channels of [begin, end), four vectors at a time, then one; n: values that
 // exist in each.
@@ -52,17 +52,19 @@ struct Moments {
       const int64_t count = pixels - start < run ? pixels - start : run;
       const T* x = map + start * channels + c;
       const auto at = [&](int64_t p, int i) { return load_some(x + p * channels + i * width, n) - first[i]; };
-      vec sum[vectors], squares[vectors];
-      each<vectors, 1>([&](int i, int) { sum[i] = squares[i] = vec{}; });
+      vec sum[vectors], squares[vectors], rest[vectors];
+      each<vectors, 1>([&](int i, int) { sum[i] = squares[i] = rest[i] = vec{}; });
       for (int64_t p = 0; p < count; ++p) each<vectors, 1>([&](int i, int) { sum[i] += at(p, i); });
       each<vectors, 1>([&](int i, int) { sum[i] /= float(count); });
       for (int64_t p = 0; p < count; ++p) {
         if (start + run < pixels) prefetch(x + (p + run) * channels, vectors * n);
         each<vectors, 1>([&](int i, int) {
           const vec deviation = at(p, i) - sum[i];
+          rest[i] += deviation;  // what rounding has left of the mean
           squares[i] += deviation * deviation;
         });
       }
+      each<vectors, 1>([&](int i, int) { sum[i] += rest[i] / float(count); });
       const float share = float(count) / float(start + count);
       each<vectors, 1>([&](int i, int) {
         const vec delta = sum[i] - mean[i];
