@@ -334,6 +334,29 @@ def choose_conv_on_cpu(
     return _cheapest(conv_costs(weight_size, output_size, stride, dilation, in_bfloat16))
 
 
+def choose_weight_gradient_on_cpu(
+    weight_size: Sequence[int],
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    normalises: bool,
+    dtype: torch.dtype,
+) -> str:
+    """What computes the gradient of a weight: "winograd", "products" (both csrc/cpu/kernels/conv_weight_grad.cpp, in
+    float32) or "onednn".
+
+    weight_size [K, C / groups, R, S], output_size [N, K, P, Q]; ``normalises``: the convolution's input is a normalised
+    map that ours need not write.
+    """
+    k, c, r, s = weight_size
+    if groups > 1 or min(c, k) < _vector_width() or (dtype != torch.float32 and onednn_runs(dtype)):
+        return "onednn"
+    if r == s == 3 and max(*stride, *dilation) == 1:
+        return "winograd"
+    return "onednn"
+
+
 def _cheapest(costs: dict[ConvKernel, float]) -> ConvKernel:
     return min(costs, key=costs.__getitem__)
 

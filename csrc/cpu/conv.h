@@ -91,12 +91,39 @@ void run_avg_pool(const void* input, Storage type, bool channels_last, int64_t n
 void run_widen(const void* input, Storage type, float* output, int64_t size);
 void run_add_relu(const void* a, const void* b, void* output, int64_t size, Storage type);
 
+// A normalisation in front of a convolution, [3, C] (mean, scale, shift), with the room behind that kernels ask for.
+class NormOfChannels {
+ public:
+  NormOfChannels(const std::optional<torch::stable::Tensor>& norm, int64_t channels) {
+    if (!norm.has_value()) return;
+    using torch::headeronly::ScalarType;
+    STD_TORCH_CHECK(norm->dim() == 2 && norm->size(0) == 3 && norm->size(1) == channels &&
+                        norm->scalar_type() == ScalarType::Float && norm->is_contiguous(),
+                    "norm must be [3, C], float32, contiguous");
+    stride_ = channels + kernels().vector_width;
+    values_.resize(3 * stride_);
+    const float* from = static_cast<const float*>(norm->const_data_ptr());
+    for (int64_t i = 0; i < 3; ++i) std::memcpy(&values_[i * stride_], from + i * channels, channels * sizeof(float));
+  }
+  NormVectors pointers() const {
+    if (values_.empty()) return {};
+    return {values_.data(), values_.data() + stride_, values_.data() + 2 * stride_};
+  }
+
+ private:
+  int64_t stride_ = 0;
+  std::vector<float> values_;
+};
+
 // A convolution as the kernels take it, with what its pointers point at: maps in channels_last, a bias and zeros with
 // room behind.
 struct ConvCall : Conv {
   ConvCall(const ConvShape& s, const torch::stable::Tensor& x, const torch::stable::Tensor& packed_weight,
-           const torch::stable::Tensor& b, const std::optional<torch::stable::Tensor>& r, bool with_relu) {
+           const torch::stable::Tensor& b, const std::optional<torch::stable::Tensor>& r, bool with_relu,
+           const std::optional<torch::stable::Tensor>& in_front = std::nullopt)
+      : norm_(in_front, s.c) {
     using torch::headeronly::MemoryFormat;
+    norm = norm_.pointers();
     shape = s;
     relu = with_relu;
     weight = packed_weight.const_data_ptr();
@@ -129,6 +156,7 @@ struct ConvCall : Conv {
  private:
   torch::stable::Tensor out_, kept_input_, kept_residual_;
   std::vector<float> vectors_;
+  NormOfChannels norm_;
 };
 
 }  // namespace resnet_fast

@@ -23,45 +23,75 @@ constexpr int64_t most_pixels = 120;
 int64_t input_bytes() { return l2_bytes() * 15 / 32; }
 
 // Panels of filters: [groups][padded / panel][R][S][depth / step][panel][step], where a step is one value or, in
-// bfloat16, two; the last value of an odd depth is a step of its own.
+// bfloat16, two; the last value of an odd depth is a step of its own. `from` [filters of all groups, depth, R, S] with
+// any strides.
+struct Weight {
+  const float* from;
+  int64_t filter_stride, depth_stride, row_stride, tap_stride;
+  int64_t groups, filters, depth, rows, taps;  // filters of a group
+};
+
 template <typename T, int64_t step>
-Tensor pack(const Tensor& weight, int64_t groups, ScalarType dtype) {
-  const int64_t filters = weight.size(0) / groups, depth = weight.size(1), taps = weight.size(2) * weight.size(3);
+void pack(const Weight& w, T* to) {
+  constexpr int64_t together_in_cache = 16;  // steps of the depth: 4 KiB of a panel of 64 filters
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
-  const int64_t padded = (filters + width - 1) / width * width, panels = (padded + panel - 1) / panel;
-  Tensor packed = torch::stable::empty({groups, padded, weight.size(2), weight.size(3), depth}, dtype);
-  const float* from = static_cast<const float*>(weight.const_data_ptr());
-  T* to = static_cast<T*>(packed.mutable_data_ptr());
-  for_each_item(groups * panels, weight.numel(), [&](int64_t item) {
-    const int64_t group = item / panels, first = item % panels * panel;
-    const int64_t columns = std::min(panel, padded - first);
-    T* out = to + (group * padded + first) * taps * depth;
-    for (int64_t j = 0; j < columns; ++j) {
-      const float* filter = from + (group * filters + first + j) * depth * taps;
-      for (int64_t k = 0; k < depth; ++k) {
-        const int64_t together = k / step * step + step <= depth ? step : 1;
-        for (int64_t t = 0; t < taps; ++t)
-          out[(t * depth + k / together * together) * columns + j * together + k % together] =
-              first + j < filters ? static_cast<T>(filter[k * taps + t]) : T(0.0f);
+  const int64_t padded = (w.filters + width - 1) / width * width, panels = (padded + panel - 1) / panel;
+  const int64_t positions = w.rows * w.taps;
+  for_each_item(w.groups * panels, w.groups * padded * w.depth * positions, [&](int64_t item) {
+    const int64_t group = item / panels, first = item % panels * panel, columns = std::min(panel, padded - first);
+    const float* filters = w.from + (group * w.filters + first) * w.filter_stride;
+    for (int64_t position = 0; position < positions; ++position) {
+      const float* tap = filters + position / w.taps * w.row_stride + position % w.taps * w.tap_stride;
+      T* out = to + ((group * padded + first) * positions + position * columns) * w.depth;
+      for (int64_t begin = 0; begin < w.depth; begin += step * together_in_cache) {
+        const int64_t end = std::min(w.depth, begin + step * together_in_cache);
+        for (int64_t j = 0; j < columns; ++j) {
+          const bool exists = first + j < w.filters;
+          for (int64_t k = begin; k < end; ++k) {
+            const int64_t together = k / step * step + step <= w.depth ? step : 1;
+            const float value = exists ? tap[j * w.filter_stride + k * w.depth_stride] : 0.0f;
+            out[k / together * together * columns + j * together + k % together] = static_cast<T>(value);
+          }
+        }
       }
     }
   });
-  return packed;
 }
 
 }  // namespace
 
-Tensor pack_gemm(const Tensor& weight, int64_t groups, bool bfloat16) {  // [K, C / groups, R, S]
-  const Tensor w = torch::stable::contiguous(weight);
-  STD_TORCH_CHECK(w.dim() == 4 && w.scalar_type() == ScalarType::Float,
-                  "weight must be [K, C / groups, R, S], float32");
-  if (!bfloat16) return pack<float, 1>(w, groups, ScalarType::Float);
-  return pack<torch::headeronly::BFloat16, 2>(w, groups, ScalarType::BFloat16);
+Tensor pack_gemm(const Tensor& weight, int64_t groups, bool bfloat16, bool turned, bool reused) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && (groups == 1 || !turned),
+                  "weight must be [K, C / groups, R, S], float32; turned without groups");
+  Weight w{static_cast<const float*>(weight.const_data_ptr()),
+           weight.stride(turned),
+           weight.stride(1 - turned),
+           weight.stride(2),
+           weight.stride(3),
+           groups,
+           weight.size(turned) / groups,
+           weight.size(1 - turned),
+           weight.size(2),
+           weight.size(3)};
+  if (turned) {  // each filter's last tap first
+    w.from += (w.rows - 1) * w.row_stride + (w.taps - 1) * w.tap_stride;
+    w.row_stride = -w.row_stride, w.tap_stride = -w.tap_stride;
+  }
+  const int64_t width = kernels().vector_width;
+  const std::vector<int64_t> size{groups, (w.filters + width - 1) / width * width, w.rows, w.taps, w.depth};
+  const ScalarType dtype = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor packed = reused ? empty_reused(size, dtype) : torch::stable::empty(size, dtype);
+  if (bfloat16) {
+    pack<torch::headeronly::BFloat16, 2>(w, static_cast<torch::headeronly::BFloat16*>(packed.mutable_data_ptr()));
+  } else {
+    pack<float, 1>(w, static_cast<float*>(packed.mutable_data_ptr()));
+  }
+  return packed;
 }
 
 Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
                  const std::optional<Tensor>& residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                 std::vector<int64_t> dilation, int64_t groups, bool relu) {
+                 std::vector<int64_t> dilation, int64_t groups, bool relu, const std::optional<Tensor>& norm) {
   const ConvShape s =
       conv_shape(input, bias, packed_weight.size(2), packed_weight.size(3), stride, padding, dilation, groups);
   const int64_t width = kernels().vector_width;
@@ -69,7 +99,9 @@ Tensor conv_gemm(const Tensor& input, const Tensor& packed_weight, const Tensor&
   STD_TORCH_CHECK(packed_weight.dim() == 5 && packed_weight.size(0) == groups && packed_weight.size(4) == depth &&
                       packed_weight.size(1) == (filters + width - 1) / width * width,
                   "packed_weight must come from _pack_gemm for this input, bias and groups");
-  ConvCall conv(s, input, packed_weight, bias, residual, relu);
+  STD_TORCH_CHECK(!norm.has_value() || (s.r * s.s == 1 && padding[0] == 0 && padding[1] == 0 && groups == 1),
+                  "norm is for 1x1 without padding and groups");
+  ConvCall conv(s, input, packed_weight, bias, residual, relu, norm);
   if (s.r * s.s > 1 && conv.weight_type == Storage::f32)  // the kernel itself widens pixels for 1x1 only
     conv.set_input(to_dtype(input, ScalarType::Float));
   if (s.n > 0) run_conv_gemm(conv);

@@ -1,7 +1,5 @@
 // The host side of Winograd convolution: transforms and packs the weight, splits the work over torch's thread pool.
 // The transforms of the activations and the products are in kernels/conv_winograd.cpp.
-#include <torch/headeronly/util/BFloat16.h>
-
 #include "conv.h"
 #include "parallel.h"
 #include "winograd.h"
@@ -50,40 +48,6 @@ int64_t passes_of(int64_t tiles, int64_t product_bytes) {  // bytes of one tile'
   return (tiles + most - 1) / most;
 }
 
-// Panels of filters: [padded / panel][(m + 2)^2][C / step][panel][step], where a step is one value or, in bfloat16,
-// two.
-template <typename T, int64_t step>
-Tensor pack(const Tensor& weight, int64_t m, ScalarType dtype) {
-  const auto g = winograd_weight_transform(m, 3);
-  const int64_t size = m + 2, filters = weight.size(0), channels = weight.size(1);
-  const int64_t depth = (channels + step - 1) / step * step;
-  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
-  const int64_t padded = (filters + width - 1) / width * width;
-  Tensor packed = torch::stable::empty({padded, size * size, depth}, dtype);
-  const float* from = static_cast<const float*>(weight.const_data_ptr());
-  T* to = static_cast<T*>(packed.mutable_data_ptr());
-  for_each_item((padded + panel - 1) / panel, 8 * padded * channels, [&](int64_t item) {
-    const int64_t first = item * panel, columns = std::min(panel, padded - first);
-    T* out = to + first * size * size * depth;
-    for (int64_t c = 0; c < depth; ++c) {
-      for (int64_t j = 0; j < columns; ++j) {
-        double rows[7][3] = {};
-        if (first + j < filters && c < channels) {
-          const float* filter = from + ((first + j) * channels + c) * 9;
-          for (int64_t i = 0; i < size; ++i)
-            for (int64_t k = 0; k < 3; ++k)
-              rows[i][k] = g[i][0] * filter[k] + g[i][1] * filter[3 + k] + g[i][2] * filter[6 + k];
-        }
-        for (int64_t i = 0; i < size; ++i)
-          for (int64_t k = 0; k < size; ++k)
-            out[(((i * size + k) * depth + c) / step * columns + j) * step + c % step] =
-                static_cast<T>(float(rows[i][0] * g[k][0] + rows[i][1] * g[k][1] + rows[i][2] * g[k][2]));
-      }
-    }
-  });
-  return packed;
-}
-
 }  // namespace
 
 std::vector<std::vector<double>> winograd_weight_transform(int64_t m, int64_t r) {
@@ -105,17 +69,45 @@ std::vector<std::vector<double>> winograd_weight_transform(int64_t m, int64_t r)
   return rows;
 }
 
-Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16) {  // [K, C, 3, 3]
-  const Tensor w = torch::stable::contiguous(weight);
-  STD_TORCH_CHECK(w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3 && w.scalar_type() == ScalarType::Float,
-                  "weight must be [K, C, 3, 3], float32");
-  if (!bfloat16) return pack<float, 1>(w, m, ScalarType::Float);
-  STD_TORCH_CHECK(m == 2, "in bfloat16 Winograd tiles are 2 pixels wide, got ", m);
-  return pack<torch::headeronly::BFloat16, 2>(w, m, ScalarType::BFloat16);
+// Panels of filters: [padded / panel][(m + 2)^2][C / step][panel][step], where a step is one value or, in bfloat16,
+// two.
+Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16, bool turned, bool reused) {  // [K, C, 3, 3]
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == ScalarType::Float,
+      "weight must be [K, C, 3, 3], float32");
+  STD_TORCH_CHECK(!bfloat16 || (m == 2 && kernels().multiplies_bf16),
+                  "in bfloat16, at level avx512_bf16, Winograd tiles are 2 pixels wide, got ", m);
+  const auto rows = winograd_weight_transform(m, 3);
+  std::vector<double> transform;
+  for (const auto& row : rows) transform.insert(transform.end(), row.begin(), row.end());
+  const int64_t step = bfloat16 ? 2 : 1, filters = weight.size(turned), channels = weight.size(1 - turned);
+  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
+  const int64_t padded = (filters + width - 1) / width * width, depth = (channels + step - 1) / step * step;
+  const std::vector<int64_t> size{padded, (m + 2) * (m + 2), depth};
+  const ScalarType dtype = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor packed = reused ? empty_reused(size, dtype) : torch::stable::empty(size, dtype);
+  WinogradWeight w{static_cast<const float*>(weight.const_data_ptr()),
+                   weight.stride(turned),
+                   weight.stride(1 - turned),
+                   weight.stride(2),
+                   weight.stride(3),
+                   filters,
+                   channels,
+                   transform.data(),
+                   packed.mutable_data_ptr(),
+                   bfloat16 ? Storage::bf16 : Storage::f32};
+  if (turned) {  // each filter's last tap first
+    w.from += 2 * (w.row_stride + w.tap_stride);
+    w.row_stride = -w.row_stride, w.tap_stride = -w.tap_stride;
+  }
+  for_each_item((padded + panel - 1) / panel, 8 * padded * channels,
+                [&](int64_t item) { kernels().winograd_weight(w, m, item * panel); });
+  return packed;
 }
 
 std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed_weight, const Tensor& bias,
-                                       const std::optional<Tensor>& residual, std::vector<int64_t> padding, bool relu) {
+                                       const std::optional<Tensor>& residual, std::vector<int64_t> padding, bool relu,
+                                       const std::optional<Tensor>& norm) {
   const std::vector<int64_t> ones{1, 1};
   const ConvShape s = conv_shape(input, bias, 3, 3, ones, padding, ones, 1);
   int64_t m = 2;
@@ -126,7 +118,7 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
                       packed_weight.size(2) == s.c + (pairs ? s.c % 2 : 0) &&
                       packed_weight.size(0) == (s.k + width - 1) / width * width,
                   "packed_weight must come from _pack_winograd for this input and bias");
-  const ConvCall conv(s, input, packed_weight, bias, residual, relu);
+  const ConvCall conv(s, input, packed_weight, bias, residual, relu, norm);
   const bool finite = s.n == 0 || run_conv_winograd(conv, m);
   return {conv.result(), finite};
 }

@@ -13,6 +13,12 @@ namespace resnet_fast {
 // How values lie in memory.
 enum class Storage { f32, bf16, f16 };
 
+// A batch normalisation, (x - mean) * scale + shift. All vectors of these structures are [channels] with room for
+// another vector behind; no mean: none.
+struct NormVectors {
+  const float *mean, *scale, *shift;
+};
+
 // One row of output pixels of a convolution with few input channels; see kernels/conv_few_channels.cpp.
 struct ConvRow {
   const void* const* input;  // [taps]: what the kernel's rows meet at output pixel 0; null: padding
@@ -70,12 +76,6 @@ struct PoolGradRow {
   Storage type;
 };
 
-// A batch normalisation, (x - mean) * scale + shift. All vectors of these structures are [channels] with room for
-// another vector behind; no mean: none.
-struct NormVectors {
-  const float *mean, *scale, *shift;
-};
-
 // relu(norm(input) + residual_norm(residual)) of maps [pixels][channels]; see kernels/batch_norm.cpp.
 struct NormApply {
   const void* input;
@@ -110,6 +110,31 @@ struct NormGrad {
   bool relu;
 };
 
+// The gradient of a convolution's weight, without groups; see kernels/conv_weight_grad.cpp. All maps in channels_last.
+struct WeightGrad {
+  ConvShape shape;
+  const void* input;  // [N, H, W, C]
+  NormVectors norm;   // that the convolution's input went through, with a ReLU behind; or none
+  const void* grad;   // [N, P, Q, K]
+  Storage input_type, grad_type;
+  bool winograd;           // 3x3, stride 1: sums over tiles of 4 x 4 outputs instead of pixels
+  const float* transform;  // [6][4], Winograd's of the gradient
+  int64_t block;           // tiles or pixels that are summed at a time
+  float* output;           // [K, C, R, S]
+  int64_t output_stride[4];
+};
+
+// A weight for Winograd's algorithm, F(m, 3); see kernels/conv_winograd.cpp. Filters and channels are those of the
+// convolution that is computed, whose weight may be another one turned around.
+struct WinogradWeight {
+  const float* from;  // [filters, channels, 3, 3]
+  int64_t filter_stride, channel_stride, row_stride, tap_stride;
+  int64_t filters, channels;
+  const double* transform;  // [m + 2][3]
+  void* to;                 // packed
+  Storage type;             // of it: f32 or bf16
+};
+
 // Groups that share input vectors, and the sizes of such a unit; see kernels/conv_grouped.cpp.
 struct GroupedUnit {
   int64_t channels, filters;
@@ -129,6 +154,7 @@ struct Conv {
   Storage input_type, output_type;  // the latter of the residual, too
   Storage weight_type;              // bf16: products of bf16 pairs; all other arithmetic is in float32
   bool relu;
+  NormVectors norm{};  // if there is one, the input is relu(norm(input)); Winograd and GEMM of 1x1 without padding only
 };
 
 // The one list of what a level has: K(result, name, arguments) for functions, C(name) for numbers (int64_t).
@@ -165,12 +191,19 @@ struct Conv {
   K(void, conv_grouped,                                                                                                \
     (const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,            \
      void* scratch))                                                                                                   \
-  K(int64_t, conv_grouped_scratch, (const ConvShape& shape, int64_t units)) /* bytes */                                \
+  K(int64_t, conv_grouped_scratch, (const ConvShape& shape, int64_t units))           /* bytes */                      \
+  K(void, winograd_weight, (const WinogradWeight& weight, int64_t m, int64_t filter)) /* the panel at `filter` */      \
   K(void, winograd_input,                                                                                              \
     (const Conv& conv, int64_t m, int64_t begin, int64_t end, void* transformed, int64_t stride))                      \
   K(bool, winograd_output,                                                                                             \
     (const Conv& conv, int64_t m, const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter, \
      float* products))                                                                                                 \
+  K(void, weight_grad_input, (const WeightGrad& g, int64_t begin, int64_t end, float* to))                             \
+  K(void, weight_grad_grad, (const WeightGrad& g, int64_t begin, int64_t end, float* to))                              \
+  K(void, weight_grad_products,                                                                                        \
+    (const float* grad, const float* input, int64_t units, int64_t filters, int64_t channels, float* sums, bool adds)) \
+  K(bool, weight_grad_output, /* false where a result of Winograd's is not finite */                                   \
+    (const WeightGrad& g, int64_t filter, int64_t channel, const float* sums))                                         \
   K(int64_t, winograd_input_stride, (const ConvShape& shape, int64_t tiles))                                           \
   K(int64_t, winograd_output_stride, (int64_t tiles))                                                                  \
   K(void, stem_phases, (const float* row, int64_t channels, int64_t positions, float* to))                             \

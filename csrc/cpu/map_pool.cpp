@@ -82,6 +82,11 @@ Block take(int64_t bytes) {
 
 int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
+Tensor on_block(Block block, const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType dtype) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(block.data, size, strides, cpu, dtype, [block](void*) { give_back(block); });
+}
+
 }  // namespace
 
 Tensor empty_map(const std::vector<int64_t>& size, ScalarType dtype) {
@@ -90,10 +95,15 @@ Tensor empty_map(const std::vector<int64_t>& size, ScalarType dtype) {
     return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
                                 torch::headeronly::MemoryFormat::ChannelsLast);
   }
-  const Block block = take(bytes);
-  const std::vector<int64_t> strides{c * h * w, 1, w * c, c};
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(block.data, size, strides, cpu, dtype, [block](void*) { give_back(block); });
+  return on_block(take(bytes), size, {c * h * w, 1, w * c, c}, dtype);
+}
+
+Tensor empty_reused(const std::vector<int64_t>& size, ScalarType dtype) {
+  std::vector<int64_t> strides(size.size());
+  int64_t count = 1;
+  for (size_t d = size.size(); d-- > 0; count *= size[d]) strides[d] = count;
+  if (count * bytes_of(dtype) < least_bytes) return torch::stable::empty(size, dtype);
+  return on_block(take(count * bytes_of(dtype)), size, strides, dtype);
 }
 
 int64_t map_pool_bytes() {

@@ -35,13 +35,18 @@ torch::stable::Tensor conv_few_channels_max_pool(const torch::stable::Tensor& in
                                                  std::vector<int64_t> pool_stride, std::vector<int64_t> pool_padding);
 
 // `weight` is float32. A weight packed in bfloat16 makes the kernel compute products of bfloat16 values, summed in
-// float32, of a bfloat16 input; only levels that multiplies_bf16() take it.
-torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups, bool bfloat16);
+// float32, of a bfloat16 input; only levels that multiplies_bf16() take it. `turned`: the weight is packed for the
+// convolution that computes the input's gradient from the output's. `reused`: the packed weight lives no longer than a
+// map does, and its memory is used again.
+torch::stable::Tensor pack_gemm(const torch::stable::Tensor& weight, int64_t groups, bool bfloat16, bool turned,
+                                bool reused);
 bool multiplies_bf16();
+// With a `norm`, [3, C] (mean, scale, shift), the convolution is of relu(norm(input)); 1x1 without padding and groups.
 torch::stable::Tensor conv_gemm(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
                                 const torch::stable::Tensor& bias, const std::optional<torch::stable::Tensor>& residual,
                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                std::vector<int64_t> dilation, int64_t groups, bool relu);
+                                std::vector<int64_t> dilation, int64_t groups, bool relu,
+                                const std::optional<torch::stable::Tensor>& norm);
 
 // As many groups as channels and filters; `packed_weight` is [R, S, C], float32.
 torch::stable::Tensor conv_depthwise(const torch::stable::Tensor& input, const torch::stable::Tensor& packed_weight,
@@ -60,14 +65,26 @@ torch::stable::Tensor conv_grouped(const torch::stable::Tensor& input, const tor
 // 3x3, stride 1, no groups; `tile` is the width of the output tiles (2, 4 or 5). The second result is false if some
 // value of the first is not finite: then NaN and infinities may have spread over whole tiles, and another kernel must
 // compute the convolution. In bfloat16, as above, only tiles of 2 are accurate enough.
-torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile, bool bfloat16);
+torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile, bool bfloat16, bool turned,
+                                    bool reused);
 std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tensor& input,
                                                       const torch::stable::Tensor& packed_weight,
                                                       const torch::stable::Tensor& bias,
                                                       const std::optional<torch::stable::Tensor>& residual,
-                                                      std::vector<int64_t> padding, bool relu);
+                                                      std::vector<int64_t> padding, bool relu,
+                                                      const std::optional<torch::stable::Tensor>& norm);
 
-// The same for one to four input channels, 7x7, stride 2, no dilation: `packed_weight` is float32 for every input.
+// The gradient of the weight [K, C, R, S], which has the sizes and strides of `like`, float32, without groups. With a
+// `norm`, [3, C] (mean, scale, shift), the convolution's input was relu(norm(input)). Winograd's algorithm takes 3x3
+// kernels with stride 1; the second result is false as above.
+std::tuple<torch::stable::Tensor, bool> conv_weight_grad(const torch::stable::Tensor& grad,
+                                                         const torch::stable::Tensor& input,
+                                                         const torch::stable::Tensor& like, std::vector<int64_t> stride,
+                                                         std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                         bool winograd,
+                                                         const std::optional<torch::stable::Tensor>& norm);
+
+// Winograd's for one to four input channels, 7x7, stride 2, no dilation: `packed_weight` is float32 for every input.
 torch::stable::Tensor pack_winograd_stem(const torch::stable::Tensor& weight);
 std::tuple<torch::stable::Tensor, bool> conv_winograd_stem(const torch::stable::Tensor& input,
                                                            const torch::stable::Tensor& packed_weight,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..choose import ConvKernel, choose_conv_on_cpu, onednn_runs
+from ..choose import ConvKernel, choose_conv_on_cpu, choose_weight_gradient_on_cpu, onednn_runs
 from .packing import Geometry, pack_weight, without_winograd
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _depthwise = torch.ops.resnet_fast._conv_depthwise.default
 _few_channels = torch.ops.resnet_fast._conv_few_channels.default
 _gemm = torch.ops.resnet_fast._conv_gemm.default
 _grouped = torch.ops.resnet_fast._conv_grouped.default
+_weight_grad = torch.ops.resnet_fast._conv_weight_grad.default
 _winograd = torch.ops.resnet_fast._conv_winograd.default
 _winograd_stem = torch.ops.resnet_fast._conv_winograd_stem.default
 
@@ -27,6 +28,12 @@ _winograd_stem = torch.ops.resnet_fast._conv_winograd_stem.default
 def normalised(input: Tensor, norm: Norm) -> Tensor:
     """relu(norm(input)), [N, C, H, W]."""
     return _apply(input, *norm, None, None, None, None, None, 0.0, True, False)[0]
+
+
+def _vectors(norm: Norm) -> Tensor:
+    """Mean, scale and shift, [3, C], as the kernels take them that normalise what they load."""
+    bias = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias.float()
+    return torch.stack([norm.mean, norm.factors()[1], bias])
 
 
 def conv_cpu(
@@ -42,42 +49,71 @@ def conv_cpu(
 ) -> Tensor:
     """conv2d of input or, with a ``norm``, of relu(norm(input)); [N, K, P, Q] in channels_last."""
     geometry = Geometry(stride, padding, dilation, groups)
-    if norm is not None:
-        input = normalised(input, norm)
     kernel = choose_conv_on_cpu(input.shape, weight.shape, size, *geometry, False, input.dtype)
-    return _run(kernel, input, weight, bias, geometry)
+    vectors = None
+    if norm is not None:
+        if kernel.name == "winograd" or (kernel.name == "gemm" and _is_pointwise(weight, geometry)):
+            vectors = _vectors(norm)
+        else:
+            input = normalised(input, norm)
+    return _run(kernel, input, weight, bias, geometry, vectors)
 
 
-def _run(kernel: ConvKernel, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
+    return weight.shape[2] == weight.shape[3] == 1 and max(geometry.padding) == 0 and geometry.groups == 1
+
+
+def _run(
+    kernel: ConvKernel,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    norm: Tensor | None = None,
+    turned: bool = False,
+) -> Tensor:
+    """The convolution; ``turned``: that of the input's gradient, whose ``input`` is the output's gradient."""
     if kernel.name == "onednn":
-        dtype = input.dtype if onednn_runs(input.dtype) else torch.float32
-        bias = None if bias is None else bias.to(dtype)
-        stride, padding, dilation, groups = geometry
-        out = torch.conv2d(input.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
-        return out.to(input.dtype).contiguous(memory_format=torch.channels_last)
-    bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float()
-    full = weight.float().contiguous()
-    packed = pack_weight(full, kernel, geometry)
+        return _run_torch(input, weight.transpose(0, 1).flip(2, 3) if turned else weight, bias, geometry)
+    filters = weight.shape[1] if turned else weight.shape[0]
+    bias = torch.zeros(filters) if bias is None else bias.float()
+    full = weight.float()
+    if kernel.name not in ("gemm", "winograd"):
+        full = full.contiguous()
+    packed = pack_weight(full, kernel, geometry, turned=turned, reused=True)
     if kernel.name == "winograd":
-        out, finite = _winograd(input, packed, bias, None, geometry.padding, False)
+        out, finite = _winograd(input, packed, bias, None, geometry.padding, False, norm)
     elif kernel.name == "winograd stem":
         out, finite = _winograd_stem(input, packed, bias, geometry.padding, False)
     else:
-        return _run_packed(kernel, input, packed, bias, geometry)
+        return _run_packed(kernel, input, packed, bias, geometry, norm)
     if finite:
         return out
     kernel = without_winograd(kernel)
-    return _run_packed(kernel, input, pack_weight(full, kernel, geometry), bias, geometry)
+    if norm is not None:
+        mean, scale, shift = (v.view(1, -1, 1, 1) for v in norm)
+        input = torch.relu((input.float() - mean) * scale + shift).to(input.dtype)
+    return _run_packed(kernel, input, pack_weight(full, kernel, geometry, turned=turned), bias, geometry)
 
 
-def _run_packed(kernel: ConvKernel, input: Tensor, packed: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
+def _run_packed(
+    kernel: ConvKernel, input: Tensor, packed: Tensor, bias: Tensor, geometry: Geometry, norm: Tensor | None = None
+) -> Tensor:
     if kernel.name == "depthwise":
         return _depthwise(input, packed, bias, None, *geometry[:3], False)
     if kernel.name == "grouped":
         return _grouped(input, packed, bias, None, *geometry, False)
     if kernel.name == "few channels":
         return _few_channels(input, packed, bias, *geometry[:3], False)
-    return _gemm(input, packed, bias, None, *geometry, False)
+    return _gemm(input, packed, bias, None, *geometry, False, norm)
+
+
+def _run_torch(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    dtype = input.dtype if onednn_runs(input.dtype) else torch.float32
+    bias = None if bias is None else bias.to(dtype)
+    stride, padding, dilation, groups = geometry
+    out = torch.conv2d(input.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
+    return out.to(input.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv_gradients_cpu(
@@ -94,29 +130,50 @@ def conv_gradients_cpu(
     """Gradients of the convolution's map (input or relu(norm(input))), of weight and bias; empty where not needed."""
     geometry, empty = Geometry(stride, padding, dilation, groups), input.new_empty(0)
     of_map = _input_gradient(grad, input, weight, geometry) if needs[0] else empty
-    of_weight = empty
-    if needs[1]:
-        of_weight = _weight_gradient(grad, input if norm is None else normalised(input, norm), weight, geometry)
+    of_weight = _weight_gradient(grad, input, weight, geometry, norm) if needs[1] else empty
     of_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if needs[2] else empty
     return of_map, of_weight, of_bias
 
 
 def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    kernel, size = weight.shape[2:], input.shape
-    unit = set(geometry.stride) == set(geometry.dilation) == {1} and geometry.groups == 1
-    flipped = [kernel[d] - 1 - geometry.padding[d] for d in (0, 1)]
-    if unit and min(flipped) >= 0:
-        # A convolution of the gradient with the filters turned around.
-        turned = weight.transpose(0, 1).flip(2, 3)
-        back = Geometry([1, 1], flipped, [1, 1], 1)
-        chosen = choose_conv_on_cpu(grad.shape, turned.shape, size, *back, False, grad.dtype)
-        return _run(chosen, grad, turned, None, back)
-    return _torch_gradients(grad, input, weight, geometry, (True, False))[0].contiguous(
-        memory_format=torch.channels_last
+    if set(geometry.dilation) == {1} and geometry.groups == 1:
+        kernel = weight.shape[2:]
+        flipped = [kernel[d] - 1 - geometry.padding[d] for d in (0, 1)]
+        if max(geometry.stride) == 1 and min(flipped) >= 0:
+            found = _turned(grad, weight, input.shape, flipped)
+            if found is not None:
+                return found
+        if _is_pointwise(weight, geometry):
+            found = _turned(grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0])
+            if found is not None:
+                out = torch.empty_like(input, memory_format=torch.channels_last).zero_()
+                out[:, :, :: geometry.stride[0], :: geometry.stride[1]] = found
+                return out
+    found = _torch_gradients(grad, input, weight, geometry, (True, False))[0]
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def _turned(grad: Tensor, weight: Tensor, size: Sequence[int], padding: list[int]) -> Tensor | None:
+    """The gradient of ``size`` as a convolution of the output's gradient with the filters turned around; None where
+    neither Winograd nor GEMM is chosen for it."""
+    back = Geometry([1, 1], padding, [1, 1], 1)
+    turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
+    kernel = choose_conv_on_cpu(grad.shape, turned, size, *back, False, grad.dtype)
+    return _run(kernel, grad, weight, None, back, turned=True) if kernel.name in ("gemm", "winograd") else None
+
+
+def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, norm: Norm | None) -> Tensor:
+    kernel = choose_weight_gradient_on_cpu(
+        weight.shape, grad.shape, *geometry[:3:2], geometry.groups, norm is not None, input.dtype
     )
-
-
-def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    if kernel != "onednn":
+        like = weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
+        vectors = None if norm is None else _vectors(norm)
+        found, finite = _weight_grad(grad, input, like, *geometry[:3], kernel == "winograd", vectors)
+        if finite:
+            return found.to(weight.dtype)
+    if norm is not None:
+        input = normalised(input, norm)
     found = _torch_gradients(grad, input, weight, geometry, (False, True))[1]
     return found if found.stride() == weight.stride() else torch.empty_like(weight).copy_(found)
 

@@ -55,21 +55,28 @@ static void find_rows(const Conv& conv, int64_t group, int64_t begin, int64_t en
   }
 }
 
-// The same for 1x1 kernels on 16-bit maps: the pixels are widened into `wide` first, once for all panels.
-template <typename T>
-static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const float** row, float* wide) {
+// Whether pixels are copied before they are multiplied, once for all panels.
+static inline bool copies(const Conv& conv) { return conv.input_type != conv.weight_type || conv.norm.mean; }
+
+// The same for 1x1 kernels whose pixels are widened or normalised: they lie in `copy` then.
+template <typename T, typename In>
+static void copy_rows(const Conv& conv, int64_t group, int64_t begin, int64_t end, const In** row, In* copy) {
   const int64_t depth = conv.shape.c / conv.shape.groups;
+  const NormVectors& norm = conv.norm;
   const Tiles tiles(end - begin);
   find_rows(conv, group, begin, end, reinterpret_cast<const T**>(row));
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    for (int64_t i = 0; i < tiles.rows_of(tile); ++i, wide += depth) {
-      const float** at = row + tile * tile_rows + i;
+    for (int64_t i = 0; i < tiles.rows_of(tile); ++i, copy += depth) {
+      const In** at = row + tile * tile_rows + i;
       const T* from = reinterpret_cast<const T*>(*at);
       if (from == nullptr) break;
-      int64_t k = 0;
-      for (; k + width <= depth; k += width) store(wide + k, load(from + k));
-      if (k < depth) store_part(wide + k, load_part(from + k, depth - k), depth - k);
-      *at = wide;
+      for (int64_t k = 0; k < depth; k += width) {
+        const int64_t n = depth - k;
+        vec v = n < width ? load_part(from + k, n) : load(from + k);
+        if (norm.mean) v = relu((v - load(norm.mean + k)) * load(norm.scale + k) + load(norm.shift + k));
+        n < width ? store_part(copy + k, v, n) : store_rounded(copy + k, v);
+      }
+      *at = copy;
     }
   }
 }
@@ -77,8 +84,8 @@ static void widen_rows(const Conv& conv, int64_t group, int64_t begin, int64_t e
 int64_t conv_gemm_scratch(const Conv& conv, int64_t pixels) {
   const ConvShape& s = conv.shape;
   const int64_t rows = Tiles(pixels).count * tile_rows;
-  const int64_t wide = conv.input_type == conv.weight_type ? 0 : s.c / s.groups;
-  return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + wide) * int64_t(sizeof(float)));
+  const int64_t copied = copies(conv) ? s.c / s.groups : 0;
+  return rows * (s.r * s.s * int64_t(sizeof(float*)) + (panel_width + copied) * int64_t(sizeof(float)));
 }
 
 template <typename In>
@@ -204,17 +211,27 @@ void conv_gemm(const Conv& conv, int64_t group, int64_t pixel_begin, int64_t pix
   const int64_t pixels = pixel_end - pixel_begin, rows = Tiles(pixels).count * tile_rows;
   const float** row = static_cast<const float**>(scratch);
   float* partial = reinterpret_cast<float*>(row + rows * conv.shape.r * conv.shape.s);
+  float* copy = partial + rows * panel_width;
 #if defined(__AVX512BF16__)
   if (conv.weight_type == Storage::bf16) {
     const bf16** bf16_row = static_cast<const bf16**>(scratch);
-    find_rows(conv, group, pixel_begin, pixel_end, bf16_row);
+    if (copies(conv)) {
+      copy_rows<bf16>(conv, group, pixel_begin, pixel_end, bf16_row, reinterpret_cast<bf16*>(copy));
+    } else {
+      find_rows(conv, group, pixel_begin, pixel_end, bf16_row);
+    }
     return multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, bf16_row, partial);
   }
 #endif
-  float* wide = partial + rows * panel_width;
-  if (conv.input_type == Storage::f32) find_rows(conv, group, pixel_begin, pixel_end, row);
-  if (conv.input_type == Storage::bf16) widen_rows<bf16>(conv, group, pixel_begin, pixel_end, row, wide);
-  if (conv.input_type == Storage::f16) widen_rows<f16>(conv, group, pixel_begin, pixel_end, row, wide);
+  if (!copies(conv)) {
+    find_rows(conv, group, pixel_begin, pixel_end, row);
+  } else if (conv.input_type == Storage::f32) {
+    copy_rows<float>(conv, group, pixel_begin, pixel_end, row, copy);
+  } else if (conv.input_type == Storage::bf16) {
+    copy_rows<bf16>(conv, group, pixel_begin, pixel_end, row, copy);
+  } else {
+    copy_rows<f16>(conv, group, pixel_begin, pixel_end, row, copy);
+  }
   multiply(conv, group, pixel_begin, pixels, filter_begin, filter_end, row, partial);
 }
 

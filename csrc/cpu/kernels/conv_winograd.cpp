@@ -35,13 +35,71 @@ static inline int64_t row_length(const ConvShape& s) { return (s.c + width - 1) 
 static inline int64_t input_stride(const ConvShape& s, int64_t tiles) { return tiles * row_length(s) + 16; }
 static inline int64_t output_stride(int64_t tiles) { return tiles * panel_width + 16; }
 
+// A vector in float64, in which weights are transformed: their errors would be in every product.
+typedef double wide_vec __attribute__((vector_size(width * sizeof(double))));
+
+template <int size, typename Out>
+static void transform_weight(const WinogradWeight& w, int64_t filter) {
+  constexpr int64_t step = per_step<Out>;
+  const int64_t depth = (w.channels + step - 1) / step * step, vectors = vectors_of_panel(w.filters, filter);
+  const int64_t columns = vectors * width;
+  Out* panel = static_cast<Out*>(w.to) + filter * size * size * depth;
+  for (int64_t c = 0; c < depth; ++c) {
+    for (int64_t j = 0; j < columns; j += width) {
+      float taps[9][width] = {};
+      const int64_t left = w.filters - filter - j, n = c < w.channels ? (left < width ? left : width) : 0;
+      const float* from = w.from + (filter + j) * w.filter_stride + c * w.channel_stride;
+      for (int64_t i = 0; i < n; ++i, from += w.filter_stride)
+        for (int t = 0; t < 9; ++t) taps[t][i] = from[t / 3 * w.row_stride + t % 3 * w.tap_stride];
+      wide_vec tap[9];
+      for (int t = 0; t < 9; ++t) tap[t] = __builtin_convertvector(load(taps[t]), wide_vec);
+      for (int i = 0; i < size; ++i) {
+        const double* g = w.transform + 3 * i;
+        wide_vec row[3];
+        for (int k = 0; k < 3; ++k) row[k] = g[0] * tap[k] + g[1] * tap[3 + k] + g[2] * tap[6 + k];
+        for (int k = 0; k < size; ++k) {
+          const double* h = w.transform + 3 * k;
+          const vec out = __builtin_convertvector(row[0] * h[0] + row[1] * h[1] + row[2] * h[2], vec);
+          Out* to = panel + (i * size + k) * depth * columns + c / step * step * columns + j * step;
+          if constexpr (step == 1) {
+            store(to, out);
+          } else {
+            Out values[width];
+            store(values, out);
+            for (int l = 0; l < width; ++l) to[l * step + c % step] = values[l];
+          }
+        }
+      }
+    }
+  }
+}
+
+void winograd_weight(const WinogradWeight& w, int64_t m, int64_t filter) {
+#if defined(__AVX512BF16__)
+  if (w.type == Storage::bf16) return transform_weight<4, bf16>(w, filter);
+#endif
+  if (m == 2) return transform_weight<4, float>(w, filter);
+  if (m == 4) return transform_weight<6, float>(w, filter);
+  transform_weight<7, float>(w, filter);
+}
+
 template <int m, typename T, typename In>
-static inline void input_tile(const T* const* pixel,  // [(m + 2)^2]
+static inline void input_tile(const Conv& conv,
+                              const T* const* pixel,  // [(m + 2)^2]
                               int64_t channel, int64_t channels, In* out, int64_t stride) {
   constexpr int size = m + 2;
-  const auto read = [&](int i, int j) {
+  const auto raw = [&](int i, int j) {
     const T* p = pixel[i * size + j] + channel;
     return channels >= width ? load(p) : load_part(p, channels);
+  };
+  if (!conv.norm.mean) {
+    transform_input<m, 3>(raw, [&](int i, int j, vec v) { store_rounded(out + (i * size + j) * stride + channel, v); });
+    return;
+  }
+  const vec mean = load(conv.norm.mean + channel), scale = load(conv.norm.scale + channel),
+            shift = load(conv.norm.shift + channel);
+  const auto read = [&](int i, int j) {  // padding is of zeros behind the ReLU
+    return pixel[i * size + j] == conv.zeros ? vec{} : relu((raw(i, j) - mean) * scale + shift);
   };
   transform_input<m, 3>(read, [&](int i, int j, vec v) { store_rounded(out + (i * size + j) * stride + channel, v); });
 }
@@ -64,8 +122,8 @@ static void input_tiles(const Conv& conv, int64_t begin, int64_t end, In* transf
     }
     In* out = transformed + (tile - begin) * row_length(s);
     int64_t channel = 0;
-    for (; channel + width <= s.c; channel += width) input_tile<m>(pixel, channel, width, out, stride);
-    if (channel < s.c) input_tile<m>(pixel, channel, s.c - channel, out, stride);
+    for (; channel + width <= s.c; channel += width) input_tile<m>(conv, pixel, channel, width, out, stride);
+    if (channel < s.c) input_tile<m>(conv, pixel, channel, s.c - channel, out, stride);
   }
 }
 
