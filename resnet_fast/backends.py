@@ -195,6 +195,16 @@ def forced() -> str | None:
 
 
 @contextmanager
+def forcing(name: str | None) -> Iterator[None]:
+    """`use_backend` for a name that has been checked."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs every operator and block inside the ``with`` on one backend; None gives the choice back.
 
@@ -214,8 +224,5 @@ def use_backend(name: str | None) -> Iterator[None]:
         backend = backends()[name]
         if not backend.available:
             raise RuntimeError(f"backend {name!r} does not work here: {backend.reason}")
-    token = _forced.set(name)
-    try:
+    with forcing(name):
         yield
-    finally:
-        _forced.reset(token)

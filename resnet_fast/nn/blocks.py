@@ -39,6 +39,7 @@ class BasicBlock(tv.BasicBlock):
     # The last block of a model whose weights are not channels_last hands out a contiguous map, as torchvision's does,
     # so that `.view(n, -1)` behind it works.
     hands_out_contiguous = False
+    activation_memory = "default"  # see set_activation_memory
     _plain = _as_plain(tv.BasicBlock.forward)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class BasicBlock(tv.BasicBlock):
     def _fused_training(self, x: Tensor) -> Tensor:
         out = conv(x, self.conv1)
         out = norm_conv(out, self.bn1, self.conv2)
-        return norm_shortcut(out, self.bn2, x, self.downsample)
+        return norm_shortcut(out, self.bn2, x, self.downsample, self.activation_memory, widens=False)
 
 
 class Bottleneck(tv.Bottleneck):
@@ -79,6 +80,7 @@ class Bottleneck(tv.Bottleneck):
     """
 
     hands_out_contiguous = False  # see BasicBlock
+    activation_memory = "default"  # see set_activation_memory
     _plain = _as_plain(tv.Bottleneck.forward)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,4 +114,4 @@ class Bottleneck(tv.Bottleneck):
         out = conv(x, self.conv1)
         out = norm_conv(out, self.bn1, self.conv2)
         out = norm_conv(out, self.bn2, self.conv3)
-        return norm_shortcut(out, self.bn3, x, self.downsample)
+        return norm_shortcut(out, self.bn3, x, self.downsample, self.activation_memory, widens=True)

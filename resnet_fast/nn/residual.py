@@ -81,7 +81,7 @@ class Residual(nn.Module):
         Y = norm_conv(conv(X, self.conv1), self.bn1, self.conv2)
         conv3 = self.conv3
         if conv3 is not None:
-            X = conv(X, conv3) if why_plain_conv("conv3", conv3) is None else conv3(X)
+            X = conv(X, conv3).map if why_plain_conv("conv3", conv3) is None else conv3(X)
         return norm(Y, self.bn2, X)
 
 

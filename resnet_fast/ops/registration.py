@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..backends import forced, forcing
+
 library = torch.library.Library("resnet_fast", "IMPL")
 
 _kernels: dict[Any, Callable[..., Any]] = {}  # by operator
@@ -45,7 +47,17 @@ def register(
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=library)
     if backward is None:
         return
-    torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=library)
+
+    def setup(ctx, inputs, output) -> None:
+        ctx.forced = forced()
+        setup_context(ctx, inputs, output)
+
+    def gradient(ctx, *grads):
+        # The gradient of CUDA tensors is computed in another thread, which does not know of use_backend.
+        with forcing(ctx.forced):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"resnet_fast::{name}", gradient, setup_context=setup, lib=library)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         library.impl(name, _autocast_kernel(op, key, device_type, autocast), key)
 
