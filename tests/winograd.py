@@ -59,3 +59,16 @@ def winograd_stem(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     x = F.pad(x, (padding, padding + odd[1], padding, padding + odd[0]))
     phases = F.pixel_unshuffle(x, 2), F.pixel_unshuffle(F.pad(weight, (0, 1, 0, 1)), 2)
     return winograd(*phases, tile=3, padding=0)
+
+
+def winograd_weight_gradient(grad: Tensor, x: Tensor, padding: int) -> Tensor:
+    """The gradient of conv2d's weight [K, C, 3, 3] for grad [N, K, P, Q] and x [N, C, H, W], in x's dtype, as F(3, 4) of
+    tiles of 4 x 4 values of the gradient."""
+    at, g, bt = (m.to(x.dtype) for m in matrices(3, 4))
+    p, q = grad.shape[2:]
+    down, across = -(-p // 4), -(-q // 4)
+    h, w = x.shape[2:]
+    x = F.pad(x, (padding, across * 4 + 2 - w - padding, padding, down * 4 + 2 - h - padding))
+    tiles = F.pad(grad, (0, across * 4 - q, 0, down * 4 - p)).unfold(2, 4, 4).unfold(3, 4, 4)
+    v, y = bt @ x.unfold(2, 6, 4).unfold(3, 6, 4) @ bt.T, g @ tiles @ g.T
+    return at @ torch.einsum("nkabij,ncabij->kcij", y, v) @ at.T

@@ -15,6 +15,7 @@ from .packing import Geometry, pack_weight, without_winograd
 if TYPE_CHECKING:
     from ..ops.batch_norm_relu import Norm
 
+_all_finite = torch.ops.resnet_fast._all_finite.default
 _apply = torch.ops.resnet_fast._batch_norm_relu_cpu.default
 _depthwise = torch.ops.resnet_fast._conv_depthwise.default
 _few_channels = torch.ops.resnet_fast._conv_few_channels.default
@@ -89,10 +90,12 @@ def _run(
         return _run_packed(kernel, input, packed, bias, geometry, norm)
     if finite:
         return out
-    kernel = without_winograd(kernel)
     if norm is not None:
         mean, scale, shift = (v.view(1, -1, 1, 1) for v in norm)
         input = torch.relu((input.float() - mean) * scale + shift).to(input.dtype)
+    if not _all_finite(full):  # whether padding times infinity is NaN, is torch's to say
+        return _run_torch(input, weight.transpose(0, 1).flip(2, 3) if turned else weight, bias, geometry)
+    kernel = without_winograd(kernel)
     return _run_packed(kernel, input, pack_weight(full, kernel, geometry, turned=turned), bias, geometry)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.batch_norm_relu import check_batch
 from ..ops.max_pool_with_indices import MOST_TAPS
 from .fused import is_conv_bn
 
@@ -67,6 +68,7 @@ def conv(x: Tensor, module: nn.Conv2d) -> Raw:
 def norm_conv(raw: Raw, bn: nn.BatchNorm2d, module: nn.Conv2d) -> Raw:
     """module(relu(bn(raw)))."""
     x = raw.map
+    check_batch("batch_norm_relu_conv", x)  # before the buffers change
     with torch.no_grad():  # the gradient goes through them all the same: see batch_norm_relu_conv
         mean, var = ops.batch_norm_statistics(x)
     _track(bn, mean, var, x)

@@ -111,12 +111,17 @@ def _places(indices: Tensor, size: Sequence[int], pairs: list) -> Tensor:
     return row * size[3] + first[1] + index % kernel_size[1] * dilation[1]
 
 
+def _scattered(grad: Tensor, indices: Tensor, size: Sequence[int], pairs: list) -> Tensor:
+    """The gradient of the map of ``size`` [N, C, H, W] in plain torch; differentiable."""
+    n, c, h, w = size
+    places = _places(indices, size, pairs).flatten(2)
+    return grad.new_zeros(n, c, h * w).scatter_add(2, places, grad.flatten(2)).view(n, c, h, w)
+
+
 def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        n, c, h, w = ctx.size
-        places = _places(indices, ctx.size, ctx.pairs).flatten(2)
-        found = grad.new_zeros(n, c, h * w).scatter_add(2, places, grad.flatten(2)).view(n, c, h, w)
+        found = _scattered(grad, indices, ctx.size, ctx.pairs)
     else:
         found = torch.ops.resnet_fast._max_pool_backward(grad, indices, *ctx.pairs, ctx.size[2:])
     return (found, *[None] * 5)
@@ -151,12 +156,8 @@ def _backward_kernel(grad, indices, kernel_size, stride, padding, dilation, inpu
         from ..kernels.max_pool import max_pool_backward_triton
 
         return max_pool_backward_triton(grad, indices, *pairs, empty_channels_last(grad, size))
-    map = grad.new_empty(size)  # only its size is read
-    return as_channels_last(
-        torch.ops.aten.max_pool2d_with_indices_backward(
-            grad.contiguous(), map, *pairs, False, _places(indices, size, pairs).contiguous()
-        )
-    )
+    wide = grad.to(torch.promote_types(torch.float32, grad.dtype))
+    return as_channels_last(_scattered(wide, indices, size, pairs).to(grad.dtype))
 
 
 register("_max_pool_backward", kernel=_backward_kernel, fake=_backward_fake)
