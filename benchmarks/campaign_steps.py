@@ -17,10 +17,9 @@ from pathlib import Path
 
 import campaign_cuda
 import torch
-import torch.nn.functional as F
 
 import resnet_fast
-from resnet_fast.bench import cells, kernels, layers, limits, report
+from resnet_fast.bench import cells, kernels, layers, limits, report, training
 from resnet_fast.bench.cells import DTYPES, Cell
 from resnet_fast.bench.peers import OURS, Subject, graphed, peers
 from resnet_fast.bench.results import write_json
@@ -28,7 +27,7 @@ from resnet_fast.choose import CUDA_TILES
 from resnet_fast.measure import environment, interleaved, relative_rms
 
 ROOT = Path(__file__).resolve().parent.parent
-LATER_OPERATORS = ("batch_norm_relu",)
+LATER_OPERATORS = ("bottleneck_chain",)
 # Under compute-sanitizer, of each file the tests that `-k` selects: it makes kernels many times as slow. What the CUDA
 # C++ kernels do with every type and tile is the step "sanitizer".
 SANITIZED = {
@@ -248,46 +247,25 @@ def tune(campaign, args: argparse.Namespace) -> None:
 # train
 
 
-def _train(cell: Cell, way: str, rounds: int) -> dict:
-    """A step in torch's automatic mixed precision where the dtype is narrow: forward, backward, SGD with momentum."""
-    import torchvision
-
-    torch.manual_seed(0)
-    library = resnet_fast.models if way == OURS else torchvision.models
-    model = getattr(library, cell.model)(weights=None).to(cell.device, memory_format=torch.channels_last).train()
-    run = torch.compile(model) if way == "torch.compile" else model
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
-    x = cells.images(cell.batch)[: cell.batch].to(cell.device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, limits.CLASSES, (cell.batch,)).to(cell.device)
-    dtype, losses = DTYPES[cell.dtype], []
-
-    def step() -> None:
-        with torch.autocast(cell.device, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(run(x), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-
-    if cell.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    t = interleaved({"": step}, rounds, budget=cells.SECONDS_PER_PEER)[""]
-    if not all(torch.isfinite(loss) for loss in losses):
-        raise RuntimeError("the loss is not finite")
-    bound = limits.bound(limits.training(cell.model, "least"), cell.batch, dtype, limits.ceilings(cell.device))
-    figures = {"ms": 1e3 * t.median, "p20_ms": 1e3 * t.p20, "p80_ms": 1e3 * t.p80, "img_s": cell.batch / t.median}
-    figures |= bound.figures(t.median) | {"loss": losses[-1].item()}
-    if cell.device == "cuda":
-        figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return figures
+def _train(cell: Cell, way: training.Way, args: argparse.Namespace) -> dict:
+    found = training.run(cell, [way], args.rounds, lambda n: None, with_memory=args.memory)
+    result = found[way.name]
+    if result.refused:
+        raise RuntimeError(result.refused)
+    facts = training.to_dict(cell, found)["peers"][way.name]
+    figures = {"ms": facts["median_ms"], "img_s": facts["images_per_s"]}
+    kept = {"kept_mb_per_image": result.kept / 1e6} if result.kept is not None else {}
+    peak = {"peak_gb": result.peak / 1e9} if result.peak is not None else {}
+    names = ("p20_ms", "p80_ms", "fraction_of_bound", "bound", "loss")
+    return figures | {name: facts[name] for name in names if name in facts} | kept | peak
 
 
 def train(campaign, args: argparse.Namespace) -> None:
     for cell in _cells(args):
-        for way in ("torch channels_last", OURS, "torch.compile"):
-            if args.peers and way not in (OURS, *args.peers):
+        for name, way in training.ways(args.device).items():
+            if args.peers and name not in (OURS, *args.peers):
                 continue
-            campaign.row(f"{cell}, {way}", lambda cell=cell, way=way: _train(cell, way, args.rounds))
+            campaign.row(f"{cell}, {name}", lambda cell=cell, way=way: _train(cell, way, args))
             torch._dynamo.reset()
 
 
@@ -390,7 +368,7 @@ def plan(args: argparse.Namespace) -> int:
             f"of their paths in Triton, {at}"
             for at in each
         ],
-        "train": whole,
+        "train": [f"{cell}: {way}" for cell in whole for way in training.ways(args.device)],
         "profile": [f"ncu on {len(cases)} convolutions"],
     }
     for step in args.steps:

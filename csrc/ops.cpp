@@ -233,7 +233,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   }
   m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False, bool turned=False, bool reused=False) -> Tensor");
   m.def("_pack_grouped(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
-  m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False, bool turned=False, bool reused=False) -> Tensor");
+  m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");
   m.def(
       "_conv_gemm(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, bool relu, Tensor? norm=None) -> Tensor");
@@ -246,6 +246,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_conv_winograd(Tensor input, Tensor packed_weight, Tensor bias, Tensor? residual, int[2] padding, bool relu, "
       "Tensor? norm=None) -> (Tensor, bool)");
+  m.def(
+      "_conv_winograd_packing(Tensor input, Tensor weight, Tensor bias, int[2] padding, int tile, bool bfloat16=False, "
+      "bool turned=False, Tensor? norm=None) -> (Tensor, bool)");
   m.def("_pack_winograd_stem(Tensor weight) -> Tensor");
   m.def(
       "_conv_weight_grad(Tensor grad, Tensor input, Tensor like, int[2] stride, int[2] padding, int[2] dilation, "
@@ -302,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_conv_grouped", TORCH_BOX(&resnet_fast::conv_grouped));
   m.impl("_conv_winograd", TORCH_BOX(&resnet_fast::conv_winograd));
   m.impl("_conv_weight_grad", TORCH_BOX(&resnet_fast::conv_weight_grad));
+  m.impl("_conv_winograd_packing", TORCH_BOX(&resnet_fast::conv_winograd_packing));
   m.impl("_pack_winograd_stem", TORCH_BOX(&resnet_fast::pack_winograd_stem));
   m.impl("_conv_winograd_stem", TORCH_BOX(&resnet_fast::conv_winograd_stem));
   m.impl("_conv_winograd_stem_max_pool", TORCH_BOX(&resnet_fast::conv_winograd_stem_max_pool));

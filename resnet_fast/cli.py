@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backends
-from .bench import cells, compare, limits, report
+from .bench import cells, compare, limits, report, training
 from .bench.cells import CALIBRATION_IMAGES, DTYPES, one_line
 from .bench.peers import OURS, PEERS, Peer, peers
 from .bench.results import per_second, table, write_json
@@ -326,21 +326,54 @@ def _results_to_update(args: argparse.Namespace, found: dict) -> dict | None:
     return old
 
 
+def _chosen_ways(args: argparse.Namespace, device: str) -> list[training.Way]:
+    known = training.ways(device)
+    unknown = [name for name in args.peers or () if name not in known]
+    if unknown:
+        raise CliError(f"--peers: unknown {unknown[0]!r}; the ways to train on {device} are {', '.join(known)}")
+    chosen = [way for name, way in known.items() if not args.peers or name in (OURS, *args.peers)]
+    return [way for way in chosen if args.compile or not way.compiled]
+
+
+def _bench_training(args: argparse.Namespace, names: list[str], device: str) -> int:
+    from torch.hub import tqdm
+
+    for option in ("update", "compare"):
+        if getattr(args, option):
+            raise CliError(f"--{option} is for passes forward, not for --train")
+    chosen = _chosen_ways(args, device)
+    found = {"environment": environment(), "device": _device_name(torch.device(device)), "cells": []}
+    right, cases = True, list(itertools.product(names, args.dtype, args.batch))
+    with tqdm(total=len(cases) * len(chosen) * args.rounds, unit="step") as bar:
+        for name, dtype, batch in cases:
+            cell = cells.Cell(name, batch, dtype, device)
+            results = training.run(cell, chosen, args.rounds, bar.update, args.seconds, args.memory is not False)
+            print(f"\n{cell}, training step\n{training.to_text(cell, results)}", flush=True)
+            found["cells"].append(training.to_dict(cell, results))
+            write_json(args.json, found)
+            right = right and not results[OURS].refused
+    return int(not right)
+
+
 def _bench(args: argparse.Namespace) -> int:
     names = args.models or ["resnet50"]
     for name in names:
         _builders(name)  # refuses an unknown one before anything is measured
     device = _device(args.device)
+    args.batch = args.batch or ([16] if args.train else [1, 8])
+    args.dtype = args.dtype or (["float32"] if args.train else ["float32", "bfloat16"])
     if not args.update:
         _check_writable(args.json)
     old = _load_results(args.compare, "--compare") if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    chosen = _chosen_peers(args, device.type)
     if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         print(
             "resnet-fast: OMP_PROC_BIND=true is not set; times may be far too long (see bench --help)", file=sys.stderr
         )
+    if args.train:
+        return _bench_training(args, names, device.type)
+    chosen = _chosen_peers(args, device.type)
 
     roof = limits.ceilings(device.type)
     found = {"environment": environment(), "device": _device_name(device), "ceilings": roof.to_dict(), "cells": []}
@@ -464,6 +497,10 @@ it takes as long as alone in a process. A sample during which the system switche
 A peer with 3 samples that has used up --seconds sits out the other rounds of the pass: torch's bfloat16 convolutions
 take seconds on a CPU without instructions for it. Exit code 1 if resnet_fast itself is refused.
 
+With --train: a step of resnet_fast.models' model, as it is and in lean mode (resnet_fast.nn.set_activation_memory),
+of torchvision's, eager in both layouts, and of torch.compile. The first loss is compared with torch's; kept MB/image is
+what is allocated between the forward and the backward pass.
+
 Set OMP_PROC_BIND=true before: a system that puts two of torch's threads on one core makes everything up to 20 times
 slower for as long as the process lives.
 """
@@ -524,9 +561,11 @@ With --modules, or on CUDA: says for the stem and every block of resnet_fast.mod
 
     p = commands.add_parser("bench", help="time against torchvision", description=_BENCH_TEXT, formatter_class=raw)
     p.add_argument("models", nargs="*", metavar="MODEL", help=f"{model} (default: resnet50)")
-    p.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    dtypes = "default: float32 bfloat16"
-    p.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"], help=dtypes)
+    p.add_argument("--batch", type=_positive, nargs="+", metavar="N", help="default: 1 8; with --train 16")
+    dtypes = "default: float32 bfloat16; with --train float32"
+    p.add_argument("--dtype", choices=DTYPES, nargs="+", help=dtypes)
+    text = "time training steps instead: forward, backward, SGD; in 16 bits under autocast"
+    p.add_argument("--train", action="store_true", help=text)
     p.add_argument("--device", **device)
     p.add_argument(
         "--rounds", type=_positive, default=20, metavar="N", help="samples of each peer in a pass (default: 20)"

@@ -16,6 +16,7 @@ from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.choose import choose_conv_on_cpu, choose_weight_gradient_on_cpu
 from resnet_fast.measure import relative_rms
 
+ops_ = torch.ops.resnet_fast
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # input [N, C, H, W], filters, kernel, stride, padding, dilation, groups
 SHAPES = {
@@ -157,31 +158,46 @@ def test_kernels_winograd_weight_gradient_error(size):
     arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
     exact = torch.ops.aten.convolution_backward(grad.double(), x.double(), weight.double(), *arguments)[1]
     assert relative_rms(winograd_weight_gradient(grad.double(), x.double(), 1), exact) < 1e-13
-    found, finite = torch.ops.resnet_fast._conv_weight_grad(grad, x, weight, [1, 1], [1, 1], [1, 1], True)
+    found, finite = ops_._conv_weight_grad(grad, x, weight, [1, 1], [1, 1], [1, 1], True)
     assert finite and relative_rms(found, exact) <= 1.5 * relative_rms(winograd_weight_gradient(grad, x, 1), exact)
     assert relative_rms(found, exact) <= 2e-6
 
 
+@pytest.mark.parametrize("turned", (False, True))
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("size", ((2, 11, 10), (1, 3, 3), (30, 14, 14), (9, 7, 7)))
 @pytest.mark.parametrize("tile", (2, 4, 5))
-def test_kernels_winograd_turned(tile):
-    """The input's gradient: the convolution with the filters turned around, from the weight as it lies there."""
-    grad, weight = torch.randn(2, 40, 11, 10), torch.randn(40, 33, 3, 3)
-    for w in (weight, weight.contiguous(memory_format=torch.channels_last)):
-        packed = torch.ops.resnet_fast._pack_winograd(w, tile, False, True)
-        turned = weight.transpose(0, 1).flip(2, 3).contiguous()
-        assert torch.equal(packed, torch.ops.resnet_fast._pack_winograd(turned, tile))
-        out, _ = torch.ops.resnet_fast._conv_winograd(grad, packed, torch.zeros(33), None, [1, 1], False)
-        exact = F.conv2d(grad.double(), turned.double(), padding=1)
-        assert relative_rms(out, exact) <= 1.5 * relative_rms(winograd(grad, turned, tile, 1), exact)
+def test_kernels_winograd_of_weights_that_change(tile, size, channels_last, turned):
+    """The weight as it lies there, however the threads share the work: the bits of the packed weight's kernel. Turned:
+    the convolution that computes the input's gradient."""
+    n, h, w = size
+    filters, channels = 130, 33
+    x, bias = torch.randn(n, channels, h, w), torch.randn(filters)
+    weight = torch.randn(filters, channels, 3, 3)
+    given = weight.transpose(0, 1).flip(2, 3).contiguous() if turned else weight
+    if channels_last:
+        given = given.contiguous(memory_format=torch.channels_last)
+    out, finite = ops_._conv_winograd_packing(x, given, bias, [1, 1], tile, False, turned)
+    expected, _ = ops_._conv_winograd(x, ops_._pack_winograd(weight, tile), bias, None, [1, 1], False)
+    assert finite and torch.equal(out, expected)
+
+
+def test_kernels_winograd_error_of_weights_that_change():
+    x, weight = torch.randn(2, 40, 11, 10), torch.randn(40, 33, 3, 3)
+    turned = weight.transpose(0, 1).flip(2, 3).contiguous()
+    exact = F.conv2d(x.double(), turned.double(), padding=1)
+    for tile in (2, 4, 5):
+        out, _ = ops_._conv_winograd_packing(x, weight, torch.zeros(33), [1, 1], tile, False, True)
+        assert relative_rms(out, exact) <= 1.5 * relative_rms(winograd(x, turned, tile, 1), exact)
 
 
 @pytest.mark.parametrize("size", ((40, 33, 3, 3), (70, 130, 1, 1), (16, 5, 3, 2)))
 def test_kernels_gemm_turned(size):
     weight = torch.randn(size)
     turned = weight.transpose(0, 1).flip(2, 3).contiguous()
-    for bfloat16 in {False, torch.ops.resnet_fast._multiplies_bf16()}:
-        packed = torch.ops.resnet_fast._pack_gemm(weight, 1, bfloat16, True)
-        assert torch.equal(packed, torch.ops.resnet_fast._pack_gemm(turned, 1, bfloat16))
+    for bfloat16 in {False, ops_._multiplies_bf16()}:
+        packed = ops_._pack_gemm(weight, 1, bfloat16, True)
+        assert torch.equal(packed, ops_._pack_gemm(turned, 1, bfloat16))
 
 
 @pytest.mark.parametrize("winograd", (True, False))
@@ -191,7 +207,7 @@ def test_kernels_weight_gradient_of_many_blocks(norm, winograd):
     x, grad = torch.randn(3, 70, 41, 37), torch.randn(3, 67, 41, 37)
     like, vectors = torch.zeros(67, 70, 3, 3), torch.rand(3, 70) + 0.1 if norm else None
     args = ([1, 1], [1, 1], [1, 1], winograd, vectors)
-    out, _ = torch.ops.resnet_fast._conv_weight_grad(grad, x, like, *args)
+    out, _ = ops_._conv_weight_grad(grad, x, like, *args)
     if norm:
         mean, scale, shift = (v.double().view(1, -1, 1, 1) for v in vectors)
         x = torch.relu((x.double() - mean) * scale + shift)
@@ -250,7 +266,7 @@ def test_which_kernels_run():
     with torch.profiler.profile() as profile:
         run(tensors, geometry, torch.randn(2, 48, 14, 14), False)
     names = {event.key for event in profile.key_averages()}
-    assert {"resnet_fast::_conv_winograd", "resnet_fast::_conv_weight_grad"} <= names
+    assert {"resnet_fast::_conv_winograd_packing", "resnet_fast::_conv_weight_grad"} <= names
     assert not any("mkldnn" in n or n == "aten::convolution_backward" for n in names)
 
 

@@ -68,7 +68,7 @@ def test_every_step_runs_on_the_cpu(campaign):
     assert found["resnet18, batch 1, float32, channels_last, cpu"]["error"] < 1e-4
     assert found["resnet18, batch 1, float32, resnet_fast"]["loss"] >= 0  # one image is learnt at once
     absent = ("primitives", "memcheck", "racecheck", "CUTLASS", "CUDA C++ tiles", "Triton tiles", "ncu")
-    for name in (*absent, "batch_norm_relu", "compute-sanitizer"):
+    for name in (*absent, "bottleneck_chain", "compute-sanitizer"):
         assert found[name]["absent"] and any(name in ln and "absent: " in ln for ln in text.splitlines())
     cell = json.loads((out / "peers.json").read_text())["cells"][0]
     assert set(cell["peers"]) == {"resnet_fast", "torch"} and cell["peers"]["torch"]["running_rss_mb"] > 100

@@ -1,5 +1,7 @@
 // The host side of Winograd convolution: transforms and packs the weight, splits the work over torch's thread pool.
 // The transforms of the activations and the products are in kernels/conv_winograd.cpp.
+#include <optional>
+
 #include "conv.h"
 #include "parallel.h"
 #include "winograd.h"
@@ -12,6 +14,66 @@ using torch::stable::Tensor;
 
 struct Transformed {};
 struct Products {};
+struct PackedWeight {};
+struct PackedPanel {};
+
+// A weight [K, C, 3, 3] of any strides, to be transformed; `turned`: for the convolution that computes the gradient of
+// the input from that of the output.
+class RawWeight {
+ public:
+  RawWeight(const Tensor& weight, int64_t m, bool bfloat16, bool turned) : m_(m) {
+    STD_TORCH_CHECK(
+        weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == ScalarType::Float,
+        "weight must be [K, C, 3, 3], float32");
+    STD_TORCH_CHECK(!bfloat16 || (m == 2 && kernels().multiplies_bf16),
+                    "in bfloat16, at level avx512_bf16, Winograd tiles are 2 pixels wide, got ", m);
+    for (const auto& row : winograd_weight_transform(m, 3)) transform_.insert(transform_.end(), row.begin(), row.end());
+    weight_ = {static_cast<const float*>(weight.const_data_ptr()),
+               weight.stride(turned),
+               weight.stride(1 - turned),
+               weight.stride(2),
+               weight.stride(3),
+               weight.size(turned),
+               weight.size(1 - turned),
+               transform_.data(),
+               nullptr,
+               bfloat16 ? Storage::bf16 : Storage::f32};
+    if (turned) {  // each filter's last tap first
+      weight_.from += 2 * (weight_.row_stride + weight_.tap_stride);
+      weight_.row_stride = -weight_.row_stride, weight_.tap_stride = -weight_.tap_stride;
+    }
+  }
+  Storage type() const { return weight_.type; }
+  int64_t filters() const { return weight_.filters; }
+  int64_t channels() const { return weight_.channels; }
+  int64_t padded_filters() const {
+    const int64_t width = kernels().vector_width;
+    return (weight_.filters + width - 1) / width * width;
+  }
+  int64_t depth() const {  // channels in whole steps
+    const int64_t step = type() == Storage::bf16 ? 2 : 1;
+    return (weight_.channels + step - 1) / step * step;
+  }
+  int64_t bytes_of_filter() const { return (m_ + 2) * (m_ + 2) * depth() * bytes_of(type()); }
+
+  void pack(void* to) const {
+    const int64_t panel = kernels().gemm_panel;
+    for_each_item((padded_filters() + panel - 1) / panel, 8 * padded_filters() * weight_.channels, [&](int64_t item) {
+      pack_panel(item * panel, static_cast<char*>(to) + item * panel * bytes_of_filter());
+    });
+  }
+  // The panel at `filter` alone.
+  void pack_panel(int64_t filter, void* to) const {
+    WinogradWeight w = weight_;
+    w.to = static_cast<char*>(to) - filter * bytes_of_filter();
+    kernels().winograd_weight(w, m_, filter);
+  }
+
+ private:
+  int64_t m_;
+  std::vector<double> transform_;
+  WinogradWeight weight_;
+};
 
 // How the work is shared. Either each thread takes blocks of tiles through all panels of filters and reads the weight
 // for each block; or all threads transform up to `most_tiles` tiles, then share the panels, and the weight is read
@@ -71,37 +133,11 @@ std::vector<std::vector<double>> winograd_weight_transform(int64_t m, int64_t r)
 
 // Panels of filters: [padded / panel][(m + 2)^2][C / step][panel][step], where a step is one value or, in bfloat16,
 // two.
-Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16, bool turned, bool reused) {  // [K, C, 3, 3]
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == ScalarType::Float,
-      "weight must be [K, C, 3, 3], float32");
-  STD_TORCH_CHECK(!bfloat16 || (m == 2 && kernels().multiplies_bf16),
-                  "in bfloat16, at level avx512_bf16, Winograd tiles are 2 pixels wide, got ", m);
-  const auto rows = winograd_weight_transform(m, 3);
-  std::vector<double> transform;
-  for (const auto& row : rows) transform.insert(transform.end(), row.begin(), row.end());
-  const int64_t step = bfloat16 ? 2 : 1, filters = weight.size(turned), channels = weight.size(1 - turned);
-  const int64_t width = kernels().vector_width, panel = kernels().gemm_panel;
-  const int64_t padded = (filters + width - 1) / width * width, depth = (channels + step - 1) / step * step;
-  const std::vector<int64_t> size{padded, (m + 2) * (m + 2), depth};
-  const ScalarType dtype = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-  Tensor packed = reused ? empty_reused(size, dtype) : torch::stable::empty(size, dtype);
-  WinogradWeight w{static_cast<const float*>(weight.const_data_ptr()),
-                   weight.stride(turned),
-                   weight.stride(1 - turned),
-                   weight.stride(2),
-                   weight.stride(3),
-                   filters,
-                   channels,
-                   transform.data(),
-                   packed.mutable_data_ptr(),
-                   bfloat16 ? Storage::bf16 : Storage::f32};
-  if (turned) {  // each filter's last tap first
-    w.from += 2 * (w.row_stride + w.tap_stride);
-    w.row_stride = -w.row_stride, w.tap_stride = -w.tap_stride;
-  }
-  for_each_item((padded + panel - 1) / panel, 8 * padded * channels,
-                [&](int64_t item) { kernels().winograd_weight(w, m, item * panel); });
+Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16) {  // [K, C, 3, 3]
+  const RawWeight raw(weight, m, bfloat16, false);
+  Tensor packed = torch::stable::empty({raw.padded_filters(), (m + 2) * (m + 2), raw.depth()},
+                                       bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  raw.pack(packed.mutable_data_ptr());
   return packed;
 }
 
@@ -123,7 +159,10 @@ std::tuple<Tensor, bool> conv_winograd(const Tensor& input, const Tensor& packed
   return {conv.result(), finite};
 }
 
-bool run_conv_winograd(const Conv& conv, int64_t m) {
+namespace {
+
+// With a `raw` weight, conv.weight is not set yet.
+bool run(Conv conv, int64_t m, const RawWeight* raw) {
   const ConvShape& s = conv.shape;
   const int64_t width = kernels().vector_width, panel = kernels().gemm_panel, size = m + 2;
   const int64_t row_length = (s.c + width - 1) / width * width;
@@ -135,12 +174,26 @@ bool run_conv_winograd(const Conv& conv, int64_t m) {
   const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * value_bytes;
   std::atomic<bool> finite{true};
   const auto products_bytes = [&](int64_t n) { return run.winograd_output_stride(n) * size * size * sizeof(float); };
-  const auto panel_of = [&](const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
+  const auto panel_of = [&](const Conv& c, const void* transformed, int64_t stride, int64_t begin, int64_t end,
+                            int64_t filter) {
     const Scratch<Products> products(products_bytes(end - begin));
-    if (!run.winograd_output(conv, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
+    if (!run.winograd_output(c, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
   };
 
-  const int64_t block = tiles_of_block(tiles, tile_bytes, threads);
+  const int64_t block = tiles_of_block(tiles, tile_bytes, threads), passes = passes_of(tiles, products_bytes(1));
+  const auto splits_of = [&](int64_t count) {
+    return std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles()));
+  };
+  // A panel that is needed once is packed by the thread that takes it, in its caches: 512 channels at 7x7 have 38 MB
+  // of transformed weight.
+  const bool packs_panels = raw && block == 0 && passes == 1 && splits_of(tiles) == 1;
+  std::optional<Scratch<PackedWeight>> packed;
+  if (raw && !packs_panels) {
+    packed.emplace(raw->padded_filters() * raw->bytes_of_filter());
+    raw->pack(packed->bytes());
+    conv.weight = packed->bytes();
+  }
+
   if (block > 0) {
     const int64_t blocks = (tiles + block - 1) / block;
     for_each_item(blocks, work, [&](int64_t item) {
@@ -148,11 +201,10 @@ bool run_conv_winograd(const Conv& conv, int64_t m) {
       const int64_t stride = run.winograd_input_stride(s, block);
       const Scratch<Transformed> transformed(stride * size * size * value_bytes);
       run.winograd_input(conv, m, begin, end, transformed.bytes(), stride);
-      for (int64_t i = 0; i < panels; ++i) panel_of(transformed.bytes(), stride, begin, end, i * panel);
+      for (int64_t i = 0; i < panels; ++i) panel_of(conv, transformed.bytes(), stride, begin, end, i * panel);
     });
     return finite.load();
   }
-  const int64_t passes = passes_of(tiles, products_bytes(1));
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t begin = tiles * pass / passes, count = tiles * (pass + 1) / passes - begin;
     const int64_t stride = run.winograd_input_stride(s, count);
@@ -162,13 +214,38 @@ bool run_conv_winograd(const Conv& conv, int64_t m) {
     for_each_item(count, 8 * count * size * size * s.c, [&](int64_t i) {
       run.winograd_input(conv, m, begin + i, begin + i + 1, transformed + i * row_bytes, stride);
     });
-    const int64_t splits = std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles()));
+    const int64_t splits = splits_of(count);
     for_each_item(panels * splits, work, [&](int64_t item) {
       const int64_t split = item % splits, first = count * split / splits, last = count * (split + 1) / splits;
-      panel_of(transformed + first * row_bytes, stride, begin + first, begin + last, item / splits * panel);
+      const int64_t filter = item / splits * panel;
+      Conv c = conv;
+      std::optional<Scratch<PackedPanel>> own;
+      if (packs_panels) {
+        own.emplace(panel * raw->bytes_of_filter());
+        raw->pack_panel(filter, own->bytes());
+        c.weight = static_cast<const char*>(own->bytes()) - filter * raw->bytes_of_filter();
+      }
+      panel_of(c, transformed + first * row_bytes, stride, begin + first, begin + last, filter);
     });
   }
   return finite.load();
+}
+
+}  // namespace
+
+bool run_conv_winograd(const Conv& conv, int64_t m) { return run(conv, m, nullptr); }
+
+std::tuple<Tensor, bool> conv_winograd_packing(const Tensor& input, const Tensor& weight, const Tensor& bias,
+                                               std::vector<int64_t> padding, int64_t m, bool bfloat16, bool turned,
+                                               const std::optional<Tensor>& norm) {
+  const std::vector<int64_t> ones{1, 1};
+  const ConvShape s = conv_shape(input, bias, 3, 3, ones, padding, ones, 1);
+  const RawWeight raw(weight, m, bfloat16, turned);
+  STD_TORCH_CHECK(raw.channels() == s.c && raw.filters() == s.k, "weight, input and bias must have the same sizes");
+  const Tensor none = torch::stable::empty({0}, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const ConvCall conv(s, input, none, bias, std::nullopt, false, norm);
+  const bool finite = s.n == 0 || run(conv, m, &raw);
+  return {conv.result(), finite};
 }
 
 }  // namespace resnet_fast

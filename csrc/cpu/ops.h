@@ -65,14 +65,22 @@ torch::stable::Tensor conv_grouped(const torch::stable::Tensor& input, const tor
 // 3x3, stride 1, no groups; `tile` is the width of the output tiles (2, 4 or 5). The second result is false if some
 // value of the first is not finite: then NaN and infinities may have spread over whole tiles, and another kernel must
 // compute the convolution. In bfloat16, as above, only tiles of 2 are accurate enough.
-torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile, bool bfloat16, bool turned,
-                                    bool reused);
+torch::stable::Tensor pack_winograd(const torch::stable::Tensor& weight, int64_t tile, bool bfloat16);
 std::tuple<torch::stable::Tensor, bool> conv_winograd(const torch::stable::Tensor& input,
                                                       const torch::stable::Tensor& packed_weight,
                                                       const torch::stable::Tensor& bias,
                                                       const std::optional<torch::stable::Tensor>& residual,
                                                       std::vector<int64_t> padding, bool relu,
                                                       const std::optional<torch::stable::Tensor>& norm);
+
+// The same for a weight that changes with every call, [K, C, 3, 3] in float32 with any strides. `turned`: it is the
+// weight of the convolution whose input's gradient is computed, from the output's.
+std::tuple<torch::stable::Tensor, bool> conv_winograd_packing(const torch::stable::Tensor& input,
+                                                              const torch::stable::Tensor& weight,
+                                                              const torch::stable::Tensor& bias,
+                                                              std::vector<int64_t> padding, int64_t tile, bool bfloat16,
+                                                              bool turned,
+                                                              const std::optional<torch::stable::Tensor>& norm);
 
 // The gradient of the weight [K, C, R, S], which has the sizes and strides of `like`, float32, without groups. With a
 // `norm`, [3, C] (mean, scale, shift), the convolution's input was relu(norm(input)). Winograd's algorithm takes 3x3

@@ -22,7 +22,8 @@ _few_channels = torch.ops.resnet_fast._conv_few_channels.default
 _gemm = torch.ops.resnet_fast._conv_gemm.default
 _grouped = torch.ops.resnet_fast._conv_grouped.default
 _weight_grad = torch.ops.resnet_fast._conv_weight_grad.default
-_winograd = torch.ops.resnet_fast._conv_winograd.default
+_pack_gemm = torch.ops.resnet_fast._pack_gemm.default
+_winograd = torch.ops.resnet_fast._conv_winograd_packing.default
 _winograd_stem = torch.ops.resnet_fast._conv_winograd_stem.default
 
 
@@ -75,40 +76,30 @@ def _run(
 ) -> Tensor:
     """The convolution; ``turned``: that of the input's gradient, whose ``input`` is the output's gradient."""
     if kernel.name == "onednn":
-        return _run_torch(input, weight.transpose(0, 1).flip(2, 3) if turned else weight, bias, geometry)
+        return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
     filters = weight.shape[1] if turned else weight.shape[0]
     bias = torch.zeros(filters) if bias is None else bias.float()
     full = weight.float()
-    if kernel.name not in ("gemm", "winograd"):
-        full = full.contiguous()
-    packed = pack_weight(full, kernel, geometry, turned=turned, reused=True)
     if kernel.name == "winograd":
-        out, finite = _winograd(input, packed, bias, None, geometry.padding, False, norm)
+        out, finite = _winograd(input, full, bias, geometry.padding, kernel.tile, kernel.bfloat16, turned, norm)
     elif kernel.name == "winograd stem":
+        packed = pack_weight(full.contiguous(), kernel, geometry)
         out, finite = _winograd_stem(input, packed, bias, geometry.padding, False)
     else:
-        return _run_packed(kernel, input, packed, bias, geometry, norm)
+        return _run_direct(kernel, input, full, bias, geometry, norm, turned)
     if finite:
         return out
     if norm is not None:
         mean, scale, shift = (v.view(1, -1, 1, 1) for v in norm)
         input = torch.relu((input.float() - mean) * scale + shift).to(input.dtype)
     if not _all_finite(full):  # whether padding times infinity is NaN, is torch's to say
-        return _run_torch(input, weight.transpose(0, 1).flip(2, 3) if turned else weight, bias, geometry)
-    kernel = without_winograd(kernel)
-    return _run_packed(kernel, input, pack_weight(full, kernel, geometry, turned=turned), bias, geometry)
+        return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
+    return _run_direct(without_winograd(kernel), input, full, bias, geometry, None, turned)
 
 
-def _run_packed(
-    kernel: ConvKernel, input: Tensor, packed: Tensor, bias: Tensor, geometry: Geometry, norm: Tensor | None = None
-) -> Tensor:
-    if kernel.name == "depthwise":
-        return _depthwise(input, packed, bias, None, *geometry[:3], False)
-    if kernel.name == "grouped":
-        return _grouped(input, packed, bias, None, *geometry, False)
-    if kernel.name == "few channels":
-        return _few_channels(input, packed, bias, *geometry[:3], False)
-    return _gemm(input, packed, bias, None, *geometry, False, norm)
+def _turned(weight: Tensor) -> Tensor:
+    """The weight of the convolution that computes the input's gradient."""
+    return weight.transpose(0, 1).flip(2, 3)
 
 
 def _run_torch(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -117,6 +108,26 @@ def _run_torch(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
     stride, padding, dilation, groups = geometry
     out = torch.conv2d(input.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
     return out.to(input.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _run_direct(
+    kernel: ConvKernel,
+    input: Tensor,
+    weight: Tensor,  # float32
+    bias: Tensor,
+    geometry: Geometry,
+    norm: Tensor | None,
+    turned: bool,
+) -> Tensor:
+    if kernel.name == "gemm":
+        packed = _pack_gemm(weight, geometry.groups, kernel.bfloat16, turned, True)
+        return _gemm(input, packed, bias, None, *geometry, False, norm)
+    packed = pack_weight(weight.contiguous(), kernel, geometry)
+    if kernel.name == "depthwise":
+        return _depthwise(input, packed, bias, None, *geometry[:3], False)
+    if kernel.name == "grouped":
+        return _grouped(input, packed, bias, None, *geometry, False)
+    return _few_channels(input, packed, bias, *geometry[:3], False)
 
 
 def conv_gradients_cpu(
@@ -143,11 +154,11 @@ def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geome
         kernel = weight.shape[2:]
         flipped = [kernel[d] - 1 - geometry.padding[d] for d in (0, 1)]
         if max(geometry.stride) == 1 and min(flipped) >= 0:
-            found = _turned(grad, weight, input.shape, flipped)
+            found = _convolved_back(grad, weight, input.shape, flipped)
             if found is not None:
                 return found
         if _is_pointwise(weight, geometry):
-            found = _turned(grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0])
+            found = _convolved_back(grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0])
             if found is not None:
                 out = torch.empty_like(input, memory_format=torch.channels_last).zero_()
                 out[:, :, :: geometry.stride[0], :: geometry.stride[1]] = found
@@ -156,7 +167,7 @@ def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geome
     return found.contiguous(memory_format=torch.channels_last)
 
 
-def _turned(grad: Tensor, weight: Tensor, size: Sequence[int], padding: list[int]) -> Tensor | None:
+def _convolved_back(grad: Tensor, weight: Tensor, size: Sequence[int], padding: list[int]) -> Tensor | None:
     """The gradient of ``size`` as a convolution of the output's gradient with the filters turned around; None where
     neither Winograd nor GEMM is chosen for it."""
     back = Geometry([1, 1], padding, [1, 1], 1)

@@ -25,7 +25,6 @@ _few_channels_max_pool = torch.ops.resnet_fast._conv_few_channels_max_pool.defau
 _gemm = torch.ops.resnet_fast._conv_gemm.default
 _grouped = torch.ops.resnet_fast._conv_grouped.default
 _pack_gemm = torch.ops.resnet_fast._pack_gemm.default
-_pack_winograd = torch.ops.resnet_fast._pack_winograd.default
 _winograd = torch.ops.resnet_fast._conv_winograd.default
 _winograd_stem = torch.ops.resnet_fast._conv_winograd_stem.default
 _winograd_stem_max_pool = torch.ops.resnet_fast._conv_winograd_stem_max_pool.default
@@ -94,14 +93,10 @@ def pack_few_channels(weight: Tensor, dilation: list[int], bfloat16: bool) -> Te
     return _pack_gemm(weight, 1, bfloat16)
 
 
-def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry, *, turned=False, reused=False) -> Tensor:
-    """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every shape.
-
-    turned: for the convolution that computes the input's gradient (Winograd and GEMM alone); reused: in memory that is
-    used again when the packed weight goes (the same).
-    """
+def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry) -> Tensor:
+    """The weight [K, C / groups, R, S], float32 and contiguous, as one of our kernels wants it for every shape."""
     if kernel.name == "winograd":
-        return _pack_winograd(folded, kernel.tile, kernel.bfloat16, turned, reused)
+        return torch.ops.resnet_fast._pack_winograd(folded, kernel.tile, kernel.bfloat16)
     if kernel.name == "winograd stem":
         return torch.ops.resnet_fast._pack_winograd_stem(folded)
     if kernel.name == "depthwise":
@@ -109,7 +104,7 @@ def pack_weight(folded: Tensor, kernel: ConvKernel, geometry: Geometry, *, turne
     if kernel.name == "grouped":
         return torch.ops.resnet_fast._pack_grouped(folded, geometry.groups, kernel.bfloat16)
     if kernel.name == "gemm":
-        return _pack_gemm(folded, geometry.groups, kernel.bfloat16, turned, reused)
+        return _pack_gemm(folded, geometry.groups, kernel.bfloat16)
     return pack_few_channels(folded, geometry.dilation, kernel.bfloat16)
 
 
