@@ -108,6 +108,31 @@ def serialized(ptx: str, folder: Path) -> bool:
     return "Potential Performance Loss" in log
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What is known of a kernel without reading its machine code, which takes twice as long as to compile it."""
+
+    registers: int
+    stack: int  # bytes of local memory; kernels have no arrays of their own there, so these are spills
+    loads: Counter[str]  # of global memory, by PTX instruction
+    stores: Counter[str]
+
+    @staticmethod
+    def wide(accesses: Counter[str]) -> int:
+        """Those that move 128 bits or more at a time."""
+        return sum(n for name, n in accesses.items() if re.search(r"v4\.b32|v2\.b64|v8\.b32", name))
+
+
+def usage(compiled, folder: Path) -> Usage:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))
+    loads, stores = (Counter(re.findall(rf"\b{op}\.global\S*", compiled.asm["ptx"])) for op in ("ld", "st"))
+    return Usage(registers, stack, loads, stores)
+
+
 @contextmanager
 def recorded(*kernels: tuple[object, str]) -> Iterator[list[Recorder]]:
     """Recorders in the place of kernels, each given as module and name."""
@@ -124,6 +149,15 @@ def compiled_by(launch: Callable[[], object], arch: int, *kernels: tuple[object,
     with recorded(*kernels) as recorders, TemporaryDirectory() as folder:
         launch()
         return report([r.compiled for r in recorders if r.compiled is not None][-1], arch, Path(folder))
+
+
+def usages_of(launch: Callable[[], object], arch: int, module: object) -> dict[str, Usage]:
+    """Of all of the module's kernels that ``launch`` asks for, by name."""
+    triton.runtime.driver.set_active(MockDriver(arch))
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    with recorded(*((module, name) for name in names)) as recorders, TemporaryDirectory() as folder:
+        launch()
+        return {n: usage(r.compiled, Path(folder)) for n, r in zip(names, recorders, strict=True) if r.compiled}
 
 
 def assert_sound(r: Report, arch: int, limit: int | None = None) -> None:

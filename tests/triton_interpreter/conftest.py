@@ -41,6 +41,16 @@ def triton_backend(monkeypatch):
 
 
 @pytest.fixture
+def poisoned_memory():
+    """torch.empty is NaN: what an earlier run has left there may be just the values that a kernel forgets to store."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def allow_tf32(monkeypatch):
     """float32 convolutions in TF32, as torch does on a GPU unless told otherwise."""
     import torch

@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from resnet_fast.kernels import (
     add_relu,
     avg_pool_flatten,
+    batch_norm_relu,
     conv_few_channels,
     conv_pointers,
     conv_tma,
@@ -23,7 +24,16 @@ from resnet_fast.kernels import (
     shared,
 )
 
-MODULES = (add_relu, avg_pool_flatten, conv_few_channels, conv_pointers, conv_tma, max_pool, shared)
+MODULES = (
+    add_relu,
+    avg_pool_flatten,
+    batch_norm_relu,
+    conv_few_channels,
+    conv_pointers,
+    conv_tma,
+    max_pool,
+    shared,
+)
 
 
 class _Counted:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from batch_norm import assert_exact, assert_statistics_are_right, integer_case, random_map
 from test_conv_bn_relu import in_double, problem
 from test_conv_bn_relu_projection import block
 from triton.runtime.errors import InterpreterError
@@ -13,6 +14,7 @@ from triton.runtime.errors import InterpreterError
 from resnet_fast.kernels import (
     add_relu,
     avg_pool_flatten,
+    batch_norm_relu,
     conv_few_channels,
     conv_pointers,
     conv_tma,
@@ -30,14 +32,17 @@ from resnet_fast.ops import (
     conv_bn_relu_projection_ref,
     conv_bn_relu_ref,
     max_pool_ref,
+    max_pool_with_indices,
+    max_pool_with_indices_ref,
 )
 from resnet_fast.ops import avg_pool_flatten as avg_pool_flatten_op
 from resnet_fast.ops import max_pool as max_pool_op
+from resnet_fast.ops.batch_norm_relu import Norm, apply_kernel, backward_kernel
 
 from .kernels import fault
 
 pytestmark = [
-    pytest.mark.usefixtures("triton_backend"),
+    pytest.mark.usefixtures("triton_backend", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy on what is asked for here
 ]
 
@@ -111,6 +116,37 @@ def averaged() -> None:
     assert_equal(avg_pool_flatten_op(x), avg_pool_flatten_ref(x))
 
 
+def statistics() -> None:
+    """More than a chunk, and several tiles of one."""
+    assert_statistics_are_right(random_map(2, 24, 23, 13, dtype=torch.bfloat16, mean=10.0))
+
+
+def normalised(mode: str, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    return lambda: assert_exact(integer_case(mode, (2, 20, 4, 4), dtype))
+
+
+def rounded_to_zero() -> None:
+    """Result, mask and gradient, some values of which float16 cannot hold."""
+    maps = [random_map(2, 20, 3, 5, dtype=torch.float16) for _ in range(2)]
+    norm = Norm(torch.randn(20), torch.rand(20) + 0.5, torch.randn(20) * 1e-8, None, 1e-5)
+    (out, mask), (ref, ref_mask) = (apply_kernel(b, maps[0], norm, with_mask=True) for b in ("triton", "reference"))
+    assert torch.equal(out, ref) and torch.equal(mask, ref_mask)
+    found = [backward_kernel("triton", maps[1], maps[0], norm, m)[2] for m in (None, mask)]
+    assert torch.equal(*found)
+
+
+def pooled_with_indices() -> None:
+    x = torch.randint(-2, 3, (2, 17, 7, 10)).float()
+    x[:, :, :3] = float("-inf")
+    x.requires_grad_()
+    found = []
+    for function in (max_pool_with_indices, max_pool_with_indices_ref):
+        out, indices = function(x, 3, 2, 1)
+        (grad,) = torch.autograd.grad(out, x, torch.arange(out.numel()).view_as(out).float())
+        found.append((out, indices, grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 POINTERS = conv(c=6, k=10, residual=True, **FLOAT32)
 DEEP = conv(c=70, k=40, residual=True, **FLOAT32)
 BOXES = conv(c=48, k=72, h=18, w=18, residual=True, **BFLOAT16)
@@ -166,6 +202,31 @@ FAULTS = {
     "padding that counts": (max_pool, 'mask=inside, other=float("-inf")', "mask=inside, other=0.0", pooled),
     "mean of a tile": (avg_pool_flatten, "tl.div_rn(tl.sum(total, axis=0), pixels.to(tl.float32))",
                        "tl.sum(total, axis=0) / BLOCK_P - 1.0", averaged),
+    "weight of a run": (batch_norm_relu, "share = count / tl.maximum(before + count, 1.0)", "share = 0.5", statistics),
+    "weight of a chunk": (batch_norm_relu, "tl.minimum(pixels - i.to(tl.int64) * chunk, chunk)",
+                          "chunk - 0 * i.to(tl.int64)", statistics),
+    "run with pixels that are not there": (batch_norm_relu, "if left >= RUN * LANES:", "if left > 0:", statistics),
+    "tail left out": (batch_norm_relu, "range(begin, end, RUN * LANES)",
+                      "range(begin, end - RUN * LANES + 1, RUN * LANES)", normalised("norm")),
+    "last tile not normalised": (batch_norm_relu, "range(begin, end, BLOCK_P)",
+                                 "range(begin, end - BLOCK_P + 1, BLOCK_P)", normalised("norm")),
+    "pixels of the next chunk": (batch_norm_relu, "tl.minimum(begin + chunk, pixels)", "begin + chunk", statistics),
+    "mean of the distances": (batch_norm_relu, "first.to(tl.float64) + rounded", "rounded.to(tl.float64)", statistics),
+    "bytes of the next pixel": (batch_norm_relu, "& (byte < bytes)[None, :]", "", normalised("residual")),
+    "sign before rounding": (batch_norm_relu, "(x.to(dtype).to(tl.float32) <= 0.0)", "(x <= 0.0)", rounded_to_zero),
+    "sign without the shift": (batch_norm_relu, "not_below(tl.fma(centred, scale[None, :], shift[None, :]), dtype)",
+                               "not_below(centred * scale[None, :], dtype)", normalised("norm and relu")),
+    "slope of the other branch": (batch_norm_relu, "slope_and_offset(slopes + 2 * C, c, C)",
+                                  "slope_and_offset(slopes, c, C)", normalised("projection", torch.bfloat16)),
+    "gradient past the ReLU": (batch_norm_relu, "tl.where(unpacked(tl.load(at, mask=ok, other=0)), grad, 0.0)", "grad",
+                               normalised("residual", torch.float16)),
+    "of equal values the last": (max_pool, "(x > largest) | (x != x)", "(x >= largest) | (x != x)",
+                                 pooled_with_indices),
+    "place in the padding": (max_pool, "first.to(tl.int32)[:, None]", "(0 * first).to(tl.int32)[:, None]",
+                             pooled_with_indices),
+    "output of the next row": (max_pool, "& (q >= 0) & (q < Q) &", "&", pooled_with_indices),
+    "tap of the other direction": (max_pool, "tap = down // DIL_H * S + across // DIL_W",
+                                   "tap = across // DIL_W * S + down // DIL_H", pooled_with_indices),
 }  # fmt: skip
 
 
