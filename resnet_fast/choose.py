@@ -354,7 +354,10 @@ def choose_weight_gradient_on_cpu(
         return "onednn"
     if r == s == 3 and max(*stride, *dilation) == 1:
         return "winograd"
-    return "onednn"
+    # Products take longer to copy both maps than oneDNN takes for all, unless maps are small.
+    pixels = output_size[2] * output_size[3]
+    small = 14**2 if r * s > 1 or normalises else 7**2
+    return "products" if pixels <= small and max(r, s) <= 3 else "onednn"
 
 
 def _cheapest(costs: dict[ConvKernel, float]) -> ConvKernel:

@@ -98,7 +98,7 @@ def test_errors_name_the_argument():
         (dict(kernel_size=3, padding=2), "padding must be at most half of kernel_size"),
         (
             dict(kernel_size=2, stride=1, padding=1, dilation=25, ceil_mode=True),
-            "must not be larger than the padded map",
+            r"kernel_size, dilated \(26\), must not be larger than the padded map",
         ),
     ):
         with pytest.raises(RuntimeError, match=f"max_pool_with_indices: {words}"):

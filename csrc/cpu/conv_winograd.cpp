@@ -36,7 +36,6 @@ class RawWeight {
                weight.size(turned),
                weight.size(1 - turned),
                transform_.data(),
-               nullptr,
                bfloat16 ? Storage::bf16 : Storage::f32};
     if (turned) {  // each filter's last tap first
       weight_.from += 2 * (weight_.row_stride + weight_.tap_stride);
@@ -59,14 +58,12 @@ class RawWeight {
   void pack(void* to) const {
     const int64_t panel = kernels().gemm_panel;
     for_each_item((padded_filters() + panel - 1) / panel, 8 * padded_filters() * weight_.channels, [&](int64_t item) {
-      pack_panel(item * panel, static_cast<char*>(to) + item * panel * bytes_of_filter());
+      pack_panel(item * panel, 0, weight_.channels, static_cast<char*>(to) + item * panel * bytes_of_filter());
     });
   }
-  // The panel at `filter` alone.
-  void pack_panel(int64_t filter, void* to) const {
-    WinogradWeight w = weight_;
-    w.to = static_cast<char*>(to) - filter * bytes_of_filter();
-    kernels().winograd_weight(w, m_, filter);
+  // Channels [begin, end) of the panel at `filter`.
+  void pack_panel(int64_t filter, int64_t begin, int64_t end, void* to) const {
+    kernels().winograd_weight(weight_, m_, filter, begin, end, to);
   }
 
  private:
@@ -92,6 +89,9 @@ int64_t least_tiles() {
   return 12;
 #endif
 }
+
+// Channels of a panel that are packed at a time where they are needed once: 1.2 MB for tiles of 4 x 4.
+constexpr int64_t packed_channels = 128;
 
 // Tiles of a block, of which each thread gets as many; 0: the threads share.
 int64_t tiles_of_block(int64_t tiles, int64_t tile_bytes, int64_t threads) {
@@ -174,19 +174,32 @@ bool run(Conv conv, int64_t m, const RawWeight* raw) {
   const int64_t tile_bytes = run.winograd_input_stride(s, 1) * size * size * value_bytes;
   std::atomic<bool> finite{true};
   const auto products_bytes = [&](int64_t n) { return run.winograd_output_stride(n) * size * size * sizeof(float); };
-  const auto panel_of = [&](const Conv& c, const void* transformed, int64_t stride, int64_t begin, int64_t end,
-                            int64_t filter) {
-    const Scratch<Products> products(products_bytes(end - begin));
-    if (!run.winograd_output(c, m, transformed, stride, begin, end, filter, products.floats())) finite = false;
+  const int64_t filter_bytes = size * size * (s.c + (conv.weight_type == Storage::bf16 ? s.c % 2 : 0)) * value_bytes;
+  bool packs_panels = false;
+  const auto panel_of = [&](const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
+    const Scratch<Products> scratch(products_bytes(end - begin));
+    float* products = scratch.floats();
+    if (packs_panels) {
+      const Scratch<PackedPanel> weight(panel * size * size * packed_channels * value_bytes);
+      for (int64_t c = 0; c < s.c; c += packed_channels) {
+        const int64_t last = std::min(s.c, c + packed_channels);
+        raw->pack_panel(filter, c, last, weight.bytes());
+        run.winograd_products(conv, m, transformed, stride, end - begin, filter, c, last, weight.bytes(), products);
+      }
+    } else {
+      run.winograd_products(conv, m, transformed, stride, end - begin, filter, 0, s.c,
+                            static_cast<const char*>(conv.weight) + filter * filter_bytes, products);
+    }
+    if (!run.winograd_output(conv, m, begin, end, filter, products)) finite = false;
   };
 
   const int64_t block = tiles_of_block(tiles, tile_bytes, threads), passes = passes_of(tiles, products_bytes(1));
   const auto splits_of = [&](int64_t count) {
     return std::clamp<int64_t>(2 * threads / panels, 1, std::max<int64_t>(1, count / least_tiles()));
   };
-  // A panel that is needed once is packed by the thread that takes it, in its caches: 512 channels at 7x7 have 38 MB
+  // A panel that is needed once is packed by the thread that takes it, in its L2 cache: 512 channels at 7x7 have 38 MB
   // of transformed weight.
-  const bool packs_panels = raw && block == 0 && passes == 1 && splits_of(tiles) == 1;
+  packs_panels = raw && block == 0 && passes == 1 && splits_of(tiles) == 1;
   std::optional<Scratch<PackedWeight>> packed;
   if (raw && !packs_panels) {
     packed.emplace(raw->padded_filters() * raw->bytes_of_filter());
@@ -201,7 +214,7 @@ bool run(Conv conv, int64_t m, const RawWeight* raw) {
       const int64_t stride = run.winograd_input_stride(s, block);
       const Scratch<Transformed> transformed(stride * size * size * value_bytes);
       run.winograd_input(conv, m, begin, end, transformed.bytes(), stride);
-      for (int64_t i = 0; i < panels; ++i) panel_of(conv, transformed.bytes(), stride, begin, end, i * panel);
+      for (int64_t i = 0; i < panels; ++i) panel_of(transformed.bytes(), stride, begin, end, i * panel);
     });
     return finite.load();
   }
@@ -217,15 +230,7 @@ bool run(Conv conv, int64_t m, const RawWeight* raw) {
     const int64_t splits = splits_of(count);
     for_each_item(panels * splits, work, [&](int64_t item) {
       const int64_t split = item % splits, first = count * split / splits, last = count * (split + 1) / splits;
-      const int64_t filter = item / splits * panel;
-      Conv c = conv;
-      std::optional<Scratch<PackedPanel>> own;
-      if (packs_panels) {
-        own.emplace(panel * raw->bytes_of_filter());
-        raw->pack_panel(filter, own->bytes());
-        c.weight = static_cast<const char*>(own->bytes()) - filter * raw->bytes_of_filter();
-      }
-      panel_of(c, transformed + first * row_bytes, stride, begin + first, begin + last, filter);
+      panel_of(transformed + first * row_bytes, stride, begin + first, begin + last, item / splits * panel);
     });
   }
   return finite.load();

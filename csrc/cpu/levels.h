@@ -131,8 +131,7 @@ struct WinogradWeight {
   int64_t filter_stride, channel_stride, row_stride, tap_stride;
   int64_t filters, channels;
   const double* transform;  // [m + 2][3]
-  void* to;                 // packed
-  Storage type;             // of it: f32 or bf16
+  Storage type;             // of the packed weight: f32 or bf16
 };
 
 // Groups that share input vectors, and the sizes of such a unit; see kernels/conv_grouped.cpp.
@@ -191,13 +190,16 @@ struct Conv {
   K(void, conv_grouped,                                                                                                \
     (const Conv& conv, int64_t n, int64_t row_begin, int64_t row_end, int64_t unit_begin, int64_t unit_end,            \
      void* scratch))                                                                                                   \
-  K(int64_t, conv_grouped_scratch, (const ConvShape& shape, int64_t units))           /* bytes */                      \
-  K(void, winograd_weight, (const WinogradWeight& weight, int64_t m, int64_t filter)) /* the panel at `filter` */      \
+  K(int64_t, conv_grouped_scratch, (const ConvShape& shape, int64_t units)) /* bytes */                                \
+  K(void, winograd_weight, /* of the panel at `filter`, channels [begin, end) */                                       \
+    (const WinogradWeight& weight, int64_t m, int64_t filter, int64_t begin, int64_t end, void* to))                   \
   K(void, winograd_input,                                                                                              \
     (const Conv& conv, int64_t m, int64_t begin, int64_t end, void* transformed, int64_t stride))                      \
-  K(bool, winograd_output,                                                                                             \
-    (const Conv& conv, int64_t m, const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter, \
-     float* products))                                                                                                 \
+  K(void, winograd_products, /* of channels [begin, end), to which `weight` belongs */                                 \
+    (const Conv& conv, int64_t m, const void* transformed, int64_t stride, int64_t count, int64_t filter,              \
+     int64_t begin, int64_t end, const void* weight, float* products))                                                 \
+  K(bool, winograd_output, /* false where a result is not finite */                                                    \
+    (const Conv& conv, int64_t m, int64_t begin, int64_t end, int64_t filter, const float* products))                  \
   K(void, weight_grad_input, (const WeightGrad& g, int64_t begin, int64_t end, float* to))                             \
   K(void, weight_grad_grad, (const WeightGrad& g, int64_t begin, int64_t end, float* to))                              \
   K(void, weight_grad_products,                                                                                        \

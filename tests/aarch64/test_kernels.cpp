@@ -55,9 +55,13 @@ bool run_winograd(Call& call, int64_t m) {
     const auto transformed = scratch(stride * size * (call.conv.weight_type == Storage::f32 ? 4 : 2));
     level::winograd_input(call.conv, m, begin, end, transformed.get(), stride);
     const auto products = scratch(level::winograd_output_stride(end - begin) * size * sizeof(float));
-    for (int64_t filter = 0; filter < s.k; filter += level::gemm_panel)
-      finite &= level::winograd_output(call.conv, m, transformed.get(), stride, begin, end, filter,
-                                       static_cast<float*>(products.get()));
+    float* sums = static_cast<float*>(products.get());
+    const int64_t step = call.conv.weight_type == Storage::f32 ? 1 : 2, depth = ceil_div(s.c, step) * step;
+    for (int64_t filter = 0; filter < s.k; filter += level::gemm_panel) {
+      const char* weight = static_cast<const char*>(call.conv.weight) + filter * size * depth * 4 / step;
+      level::winograd_products(call.conv, m, transformed.get(), stride, end - begin, filter, 0, s.c, weight, sums);
+      finite &= level::winograd_output(call.conv, m, begin, end, filter, sums);
+    }
   }
   return finite;
 }

@@ -8,13 +8,21 @@ namespace resnet_fast::RESNET_FAST_LEVEL {
 static inline void store_indices(uint8_t* p, bits32 indices, int64_t n) {
   typedef uint8_t bits8 __attribute__((vector_size(width)));
   const bits8 b = __builtin_convertvector(indices, bits8);
-  __builtin_memcpy(p, &b, n < width ? n : width);
+  if (n >= width) {
+    __builtin_memcpy(p, &b, width);
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = b[i];
+  }
 }
 
 static inline bits32 load_indices(const uint8_t* p, int64_t n) {
   typedef uint8_t bits8 __attribute__((vector_size(width)));
   bits8 b{};
-  __builtin_memcpy(&b, p, n < width ? n : width);
+  if (n >= width) {
+    __builtin_memcpy(&b, p, width);
+  } else {
+    for (int64_t i = 0; i < n; ++i) b[i] = p[i];
+  }
   return __builtin_convertvector(b, bits32);
 }
 
@@ -56,20 +64,27 @@ void max_pool_row_with_indices(const PoolRow& row, const int64_t* row_taps, uint
   pool_row<f16>(row, row_taps, indices);
 }
 
+// The gradient of a pixel: that of the outputs whose largest value it was, from left to right, as torch adds them.
 template <typename T>
 static void grad_row(const PoolGradRow& row) {
   T* out = static_cast<T*>(row.output);
   for (int64_t pixel = 0; pixel < row.width; ++pixel, out += row.channels) {
+    int64_t outputs[256], taps[256], count = 0;  // that saw it, and by which place along the kernel
+    for (int64_t tap = row.kernel - 1; tap >= 0; --tap) {
+      const int64_t from = pixel + row.padding - tap * row.dilation, at = from / row.stride;
+      if (from < 0 || at * row.stride != from || at >= row.pixels) continue;
+      outputs[count] = at * row.channels;
+      taps[count++] = tap;
+    }
     for (int64_t c = 0; c < row.channels; c += width) {
       const int64_t n = row.channels - c;
       vec sum{};
       for (int64_t r = 0; r < row.num_rows; ++r) {
-        for (int64_t tap = row.kernel - 1; tap >= 0; --tap) {  // outputs from left to right, as torch adds them
-          const int64_t from = pixel + row.padding - tap * row.dilation, at = from / row.stride;
-          if (from < 0 || at * row.stride != from || at >= row.pixels) continue;
-          const bits32 index = load_indices(row.indices[r] + at * row.channels + c, n);
-          const vec g = load_some(static_cast<const T*>(row.grads[r]) + at * row.channels + c, n);
-          sum += index == uint32_t(row.row_taps[r] * row.kernel + tap) ? g : vec{};
+        const T* grad = static_cast<const T*>(row.grads[r]) + c;
+        for (int64_t i = 0; i < count; ++i) {
+          const bits32 index = load_indices(row.indices[r] + outputs[i] + c, n);
+          const vec g = load_some(grad + outputs[i], n);
+          sum += index == uint32_t(row.row_taps[r] * row.kernel + taps[i]) ? g : vec{};
         }
       }
       n < width ? store_part(out + c, sum, n) : store(out + c, sum);
