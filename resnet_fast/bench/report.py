@@ -5,6 +5,7 @@ A folder of results is named after its device and holds, as far as they were mea
 peers.json       ``resnet-fast bench --peers --json``: whole models beside their peers
 blocks.json      ``pytest benchmarks --benchmark-json``: blocks and operators
 cpu_layers.json  ``benchmarks/cpu_layers.py --json``: single layers beside oneDNN, at every instruction-set level
+training.json    ``resnet-fast bench --train --json``: training steps side by side
 campaign.jsonl   ``benchmarks/gpu_campaign.py``: single layers, training and the rest, a row a line
 NOTES.md         what a reader must know of these figures, by hand
 """
@@ -46,6 +47,7 @@ class Folder:
         self.peers: dict = json.loads(self._read("peers.json") or "{}")
         self.blocks: list[dict] = json.loads(self._read("blocks.json") or '{"benchmarks": []}')["benchmarks"]
         self.cpu_layers: dict = json.loads(self._read("cpu_layers.json") or '{"cells": []}')
+        self.training: dict = json.loads(self._read("training.json") or '{"cells": []}')
         rows = [json.loads(line) for line in self._read("campaign.jsonl").splitlines()]
         self.rows = [row for row in rows if "error_message" not in row]
         self.failures = [row for row in rows if "error_message" in row]
@@ -69,7 +71,8 @@ class Folder:
     @property
     def environment(self) -> dict:
         found = [row for row in self.step("doctor") if row["name"] == "environment"]
-        measured = self.peers.get("environment") or self.cpu_layers.get("environment")
+        files = (self.peers, self.cpu_layers, self.training)
+        measured = next((f["environment"] for f in files if f.get("environment")), None)
         return measured or (found[0] if found else {})
 
     @property
@@ -79,7 +82,7 @@ class Folder:
 
     @property
     def device(self) -> str:
-        measured = self.peers.get("device") or self.cpu_layers.get("device")
+        measured = next((f["device"] for f in (self.peers, self.cpu_layers, self.training) if f.get("device")), None)
         return measured or ", ".join(self.environment.get("cuda_devices") or []) or self.path.name
 
     @property
@@ -116,6 +119,32 @@ def peers_table(cells: Sequence[dict]) -> str:
         rate = rate or (f"{ours['images_per_s']:,.0f}" if ours.get("images_per_s") else "")
         bound = f"{ours['fraction_of_bound']:.2g}" if ours.get("fraction_of_bound") else ""
         rows.append((f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}", *figures, rate, bound))
+    return markdown(rows)
+
+
+TRAINING = (
+    "Training steps (forward, cross entropy, backward, SGD with momentum; 16 bits under autocast): median milliseconds "
+    "(time over ours), and the megabytes of feature maps an image that wait for the backward pass (of torch's)."
+)
+
+
+def training_table(cells: Sequence[dict]) -> str:
+    """A line a cell, a column a way: time (over ours), memory (of torch's in channels_last)."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["peers"]))
+    rows = [("", *names)]
+    for cell in cells:
+        ways = cell["peers"]
+        fastest = min((w["median_ms"] for w in ways.values() if w.get("median_ms")), default=None)
+        torchs = ways.get("torch channels_last", {}).get("kept_bytes_per_image")
+
+        def text(way: dict, fastest: float | None = fastest, torchs: float | None = torchs) -> str:
+            found = _time_of(way, way.get("median_ms") == fastest)
+            kept = way.get("kept_bytes_per_image")
+            share = f" ({kept / torchs:.2f})" if kept and torchs else ""
+            return found + (f", {kept / 1e6:.1f} MB{share}" if kept else "")
+
+        title = f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}"
+        rows.append((title, *(text(ways[name]) if name in ways else "" for name in names)))
     return markdown(rows)
 
 
@@ -279,6 +308,8 @@ def page(folder: Folder) -> str:
                   + summary(cells), *_ratios(cells), peers_table(cells), "\n".join(_notes(cells)),
                   "![peers](peers.svg)", "![models](models.svg)" if _ratios(cells) else "",
                   "## What a peer costs beside its time", costs_table(cells)]  # fmt: skip
+    if folder.training["cells"]:
+        parts += ["## Training", TRAINING, training_table(folder.training["cells"])]
     if folder.blocks:
         parts += ["## Blocks and operators", BLOCKS, blocks_table(folder.blocks)]
     if folder.cpu_layers["cells"]:
@@ -322,7 +353,7 @@ def write(path: Path, plot: bool = True) -> Folder:
 
 def folders(results: Path) -> list[Path]:
     """The folders of results, each a device's."""
-    named = ("peers.json", "cpu_layers.json")
+    named = ("peers.json", "cpu_layers.json", "training.json")
     return sorted(path for path in results.iterdir() if any((path / name).exists() for name in named))
 
 
@@ -342,6 +373,8 @@ def section(results: Path, readme: Path) -> str:
         parts += _ratios(cells)
         if _ratios(cells) and (path / "models.svg").exists():
             parts.append(f"![every model beside the fastest other]({at}/models.svg)")
+        if folder.training["cells"]:
+            parts += [TRAINING, training_table(folder.training["cells"])]
         if folder.blocks:
             parts += [BLOCKS, blocks_table(folder.blocks)]
         if folder.cpu_layers["cells"]:
