@@ -184,8 +184,7 @@ def step(table: Table, module: nn.Module, dtype: torch.dtype) -> Step:
 
     The gradient is that of the first convolution's weight, behind all others (see `_sgd`), or of a summand.
     An operator is trained with BatchNorm's running statistics, as in fine-tuning with frozen BatchNorms: conv_bn_relu
-    computes inference, and its gradients are those. Blocks and models are trained with the batch's statistics; there
-    this package runs torch's operators whatever the backend, and its rows show what that costs.
+    computes inference, and its gradients are those. Blocks and models are trained with the batch's statistics.
     """
     module.train(table.train and table.subject.kind != "op")
     if not table.train:
