@@ -21,7 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from resnet_fast.choose import CUDA_TILES
 from resnet_fast.measure import relative_rms
-from resnet_fast.ops import avg_pool_flatten_ref, conv_bn_relu_ref, max_pool_ref
+from resnet_fast.ops import (
+    avg_pool_flatten_ref,
+    batch_norm_relu_projection_ref,
+    batch_norm_relu_ref,
+    batch_norm_statistics_ref,
+    conv_bn_relu_ref,
+    max_pool_ref,
+    max_pool_with_indices_ref,
+)
+from resnet_fast.ops.arguments import pack_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative to float64, of operands that are rounded to it already; float32 is multiplied as TF32.
@@ -49,7 +58,13 @@ CONVOLUTIONS = {
     "no ReLU": dict(c=16, k=16, relu=False),
     "bare": dict(c=16, k=16, affine=False),
 }
-MAPS = {"aligned": (2, 16, 7, 6), "unaligned channels": (2, 13, 5, 6), "wide": (1, 264, 3, 3), "one": (1, 1, 3, 3)}
+MAPS = {
+    "aligned": (2, 16, 7, 6),
+    "unaligned channels": (2, 13, 5, 6),
+    "wide": (1, 264, 3, 3),
+    "one": (1, 1, 3, 3),
+    "several chunks": (1, 256, 5, 15),
+}
 POOLS = {
     "3x3 s2": ([3, 3], [2, 2], [1, 1], [1, 1]),
     "unequal": ([2, 3], [1, 2], [1, 0], [1, 1]),
@@ -107,6 +122,44 @@ class Cases:
                 exact = max_pool_ref(x.double(), *how, False)
                 out = OPS._max_pool_cuda(a, *how, list(exact.shape[2:]))
                 self.check(f"max_pool, {name}, {pool}", out, exact)
+                self.max_pool_with_indices(f"{name}, {pool}", x, a, how, offset)
+
+    def max_pool_with_indices(self, name: str, x: Tensor, moved: Tensor, how: tuple, offset: int) -> None:
+        leaf = x.double().requires_grad_()
+        with torch.enable_grad():
+            exact, places = max_pool_with_indices_ref(leaf, *how)
+        out, indices = OPS._max_pool_with_indices_cuda(moved, *how, list(exact.shape[2:]))
+        self.check(f"max_pool_with_indices, {name}", out, exact.detach())
+        self.check(f"max_pool_with_indices, {name}, indices", indices.float() + 1, places.double() + 1)
+        grad = torch.randn(exact.shape).to(x.dtype)
+        found = OPS._max_pool_backward_cuda(placed(grad, offset, self.device), indices, *how, list(x.shape[2:]))
+        self.check(f"max_pool_backward, {name}", found, torch.autograd.grad(exact, leaf, grad.double())[0])
+
+    def norms(self, case: str, dtype: torch.dtype) -> None:
+        """Batch normalisation in training: alone, and with a shortcut that is normalised too and a mask."""
+        x, grad, shortcut = torch.randn(3, *MAPS[case]).to(dtype)
+        vectors = list(torch.rand(3, x.shape[1]) + 0.5)
+        leaves = [t.double().requires_grad_() for t in (x, *vectors[:2], shortcut, vectors[2])]
+        with torch.enable_grad():
+            exact = {3: batch_norm_relu_ref(*leaves[:3]), 5: batch_norm_relu_projection_ref(*leaves, None)}
+        for offset, count in itertools.product((0, 1), exact):
+            name, two, right = f"{case}, {offset} off, {count} gradients", count == 5, exact[count]
+            a, g, s = (placed(t, offset, self.device) for t in (x, grad, shortcut))
+            weight, bias, other = (v.to(self.device) for v in vectors)
+            statistics = OPS._batch_norm_statistics_cuda(a)
+            for found, of in zip(statistics, batch_norm_statistics_ref(x.double()), strict=True):
+                self.check(f"batch_norm_statistics, {name}", found, of)
+            norm = (a, *statistics, weight, bias, 1e-5)
+            second = (s, *OPS._batch_norm_statistics_cuda(s), other) if two else (None,) * 4
+            out, mask = OPS._batch_norm_relu_cuda(*norm, *second, None, 1e-5, True, two)
+            self.check(f"batch_norm_relu, {name}", out, right.detach())
+            if two and not torch.equal(mask.cpu(), pack_bits(~(out.cpu() <= 0))):
+                self.wrong.append(f"batch_norm_relu, {name}, {dtype}: the mask")
+            grads = OPS._batch_norm_relu_backward_cuda(g, *norm, mask if two else None, *second, 1e-5, True, False)
+            for found, of in zip(
+                grads, torch.autograd.grad(right, leaves[:count], grad.double(), retain_graph=True), strict=False
+            ):
+                self.check(f"batch_norm_relu_backward, {name}", found, of)
 
 
 def convolution(
@@ -137,6 +190,7 @@ def run(device: str) -> Cases:
             cases.convolution(case, dtype)
         for case in MAPS:
             cases.maps(case, dtype)
+            cases.norms(case, dtype)
     unused = set(itertools.product(range(-1, len(CUDA_TILES)), DTYPES)) - cases.tiles
     cases.wrong += [f"tile {CUDA_TILES[tile]} was never used in {dtype}" for tile, dtype in unused]
     return cases

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "type.h"
+
 namespace resnet_fast {
 
 __device__ inline float to_float(float x) { return x; }
@@ -27,6 +29,21 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 template <>
 __device__ inline __half from_float<__half>(float x) {
   return __float2half_rn(x);
+}
+
+// function(T()) for the type of a map. Returns a cudaError_t.
+template <typename Function>
+int with_type(Type type, const Function& function) {
+  switch (type) {
+    case Type::float32:
+      return function(float());
+    case Type::bfloat16:
+      return function(__nv_bfloat16());
+    case Type::float16:
+      return function(__half());
+    default:
+      return int(cudaErrorInvalidValue);
+  }
 }
 
 }  // namespace resnet_fast

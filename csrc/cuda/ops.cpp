@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, RESNET_FAST_DEVICE, m) {
   m.impl("_conv_bn_relu_cuda", TORCH_BOX(&resnet_fast::conv_bn_relu_cuda));
   m.impl("_max_pool_cuda", TORCH_BOX(&resnet_fast::max_pool_cuda));
   m.impl("_avg_pool_flatten_cuda", TORCH_BOX(&resnet_fast::avg_pool_flatten_cuda));
+  m.impl("_max_pool_with_indices_cuda", TORCH_BOX(&resnet_fast::max_pool_with_indices_cuda));
+  m.impl("_max_pool_backward_cuda", TORCH_BOX(&resnet_fast::max_pool_backward_cuda));
+  m.impl("_batch_norm_statistics_cuda", TORCH_BOX(&resnet_fast::batch_norm_statistics_cuda));
+  m.impl("_batch_norm_relu_cuda", TORCH_BOX(&resnet_fast::batch_norm_relu_cuda));
+  m.impl("_batch_norm_relu_backward_cuda", TORCH_BOX(&resnet_fast::batch_norm_relu_backward_cuda));
 #ifndef RESNET_FAST_EMULATED
   m.impl("_conv_bn_relu_cudnn", TORCH_BOX(&resnet_fast::conv_bn_relu_cudnn));
 #endif

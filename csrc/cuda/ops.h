@@ -9,6 +9,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "filter_vector.h"
@@ -55,25 +56,30 @@ inline void check_launch(int error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(cudaError_t(error)));
 }
 
-// An uninitialised tensor of those sizes and strides, of like's dtype on like's device.
+// An uninitialised tensor of those sizes and strides, of that dtype (aoti_torch_dtype_*) or like's, on like's device.
 template <size_t n>
 torch::stable::Tensor empty_strided(const std::array<int64_t, n>& sizes, const std::array<int64_t, n>& strides,
-                                    const torch::stable::Tensor& like) {
+                                    const torch::stable::Tensor& like, std::optional<int32_t> dtype = {}) {
   AtenTensorHandle handle = nullptr;
-  int32_t dtype = 0, device = 0;
-  STD_TORCH_CHECK(
-      aoti_torch_get_dtype(like.get(), &dtype) == 0 && aoti_torch_get_device_type(like.get(), &device) == 0 &&
-          aoti_torch_empty_strided(n, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &handle) ==
-              0,
-      "no memory for a tensor");
+  int32_t of_like = 0, device = 0;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &of_like) == 0 &&
+                      aoti_torch_get_device_type(like.get(), &device) == 0 &&
+                      aoti_torch_empty_strided(n, sizes.data(), strides.data(), dtype.value_or(of_like), device,
+                                               like.get_device_index(), &handle) == 0,
+                  "no memory for a tensor");
   return torch::stable::Tensor(handle);
 }
 
+inline torch::stable::Tensor empty_vector(int64_t size, const torch::stable::Tensor& like,
+                                          std::optional<int32_t> dtype = {}) {
+  return empty_strided<1>({size}, {1}, like, dtype);
+}
+
 // A map [N, C, H, W] in channels_last, with the strides that the operators' fakes promise also where a size is 1.
-inline torch::stable::Tensor empty_channels_last(const std::array<int64_t, 4>& sizes,
-                                                 const torch::stable::Tensor& like) {
+inline torch::stable::Tensor empty_channels_last(const std::array<int64_t, 4>& sizes, const torch::stable::Tensor& like,
+                                                 std::optional<int32_t> dtype = {}) {
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-  return empty_strided<4>(sizes, {h * w * c, 1, w * c, c}, like);
+  return empty_strided<4>(sizes, {h * w * c, 1, w * c, c}, like, dtype);
 }
 
 // `t` with its channels innermost: itself where they are, a copy otherwise.
@@ -111,5 +117,34 @@ torch::stable::Tensor max_pool_cuda(const torch::stable::Tensor& input, std::vec
                                     std::vector<int64_t> dilation, std::vector<int64_t> output_size);
 
 torch::stable::Tensor avg_pool_flatten_cuda(const torch::stable::Tensor& input);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> max_pool_with_indices_cuda(
+    const torch::stable::Tensor& input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_size);
+
+torch::stable::Tensor max_pool_backward_cuda(const torch::stable::Tensor& grad, const torch::stable::Tensor& indices,
+                                             std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                             std::vector<int64_t> input_size);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> batch_norm_statistics_cuda(const torch::stable::Tensor& input);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> batch_norm_relu_cuda(
+    const torch::stable::Tensor& input, const torch::stable::Tensor& mean, const torch::stable::Tensor& var,
+    const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias, double eps,
+    const std::optional<torch::stable::Tensor>& residual, const std::optional<torch::stable::Tensor>& residual_mean,
+    const std::optional<torch::stable::Tensor>& residual_var,
+    const std::optional<torch::stable::Tensor>& residual_weight,
+    const std::optional<torch::stable::Tensor>& residual_bias, double residual_eps, bool relu, bool with_mask);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+batch_norm_relu_backward_cuda(
+    const torch::stable::Tensor& grad, const torch::stable::Tensor& input, const torch::stable::Tensor& mean,
+    const torch::stable::Tensor& var, const std::optional<torch::stable::Tensor>& weight,
+    const std::optional<torch::stable::Tensor>& bias, double eps, const std::optional<torch::stable::Tensor>& mask,
+    const std::optional<torch::stable::Tensor>& shortcut, const std::optional<torch::stable::Tensor>& shortcut_mean,
+    const std::optional<torch::stable::Tensor>& shortcut_var,
+    const std::optional<torch::stable::Tensor>& shortcut_weight, double shortcut_eps, bool relu, bool needs_residual);
 
 }  // namespace resnet_fast

@@ -142,9 +142,41 @@ def in_flight(code, load=r"LDG\.E\.128"):
 
 
 def test_poolings_move_128_bits_and_have_several_loads_in_flight(functions):
-    for kernel, words, loads in (("max_pool_kernel", ("uint4", "3"), 3), ("avg_pool_flatten_kernel", ("uint4",), 4)):
+    for kernel, words, loads in (
+        ("max_pool_kernel", ("uint4", "3"), 3),
+        ("avg_pool_flatten_kernel", ("uint4",), 4),
+        ("max_pool_backward_kernel", ("uint4",), 2),
+    ):
         wide = of_kernel(functions, kernel, *words)
         assert len(wide) >= 2 * 3, kernel
         for name, code in wide.items():
             assert "STG.E.128" in code, name
             assert in_flight(code) >= loads or ", 0," in name[1], (name, in_flight(code))
+
+
+# Of the kernels of batch normalisation: how many there are for words of 16 bytes in one type, the loads that a thread
+# shall have in flight, whether they write maps, and the blocks of 256 threads that shall fit on a multiprocessor.
+NORMS = {
+    "batch_norm_moments_kernel": (1, 4, False, 3),
+    "batch_norm_relu_kernel": (1, 8, True, 2),
+    "batch_norm_relu_sums_kernel": (2, 4, False, 3),
+    "batch_norm_relu_backward_kernel": (2, 4, True, 3),
+}
+
+
+@pytest.mark.parametrize("kernel", NORMS)
+def test_norms_move_128_bits_and_have_several_loads_in_flight(functions, kernel):
+    count, loads, writes, _ = NORMS[kernel]
+    wide = of_kernel(functions, kernel, "uint4")
+    assert len(wide) == len(ARCHITECTURES) * 3 * count
+    for name, code in wide.items():
+        assert in_flight(code) >= loads, (name, in_flight(code))
+        assert ("STG.E.128" in code) == writes, name
+
+
+@pytest.mark.parametrize("kernel", NORMS)
+def test_norms_leave_registers_for_their_blocks(registers, kernel):
+    found = of_kernel(registers, kernel)
+    assert len(found) == len(ARCHITECTURES) * 3 * 2 * NORMS[kernel][0]  # and for words of one value
+    for name, used in found.items():
+        assert used <= 65536 // (256 * NORMS[kernel][3]) // 8 * 8, (name, used)

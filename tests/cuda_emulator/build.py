@@ -92,7 +92,7 @@ def build(
     Raises RuntimeError with what the compiler says.
     """
     of_kernels, of_engine = SANITIZERS[sanitizer]
-    emulator = _digest([*HERE.glob("*.h"), *HERE.glob("include/*.h")])
+    emulator = _digest([*HERE.glob("*.h"), *HERE.glob("*/*.h")])
     headers = emulator + _digest([*kernels.parent.glob("*.h"), *kernels.glob("*.h"), *kernels.glob("*.cuh")])
     jobs = [(ROOT / source, [*of_kernels, *flags, f"-I{kernels}"], headers) for source in sources]
     jobs += [(source, of_engine, emulator) for source in ENGINE]

@@ -29,7 +29,7 @@ class SharedMemory(ctypes.Structure):
 
 def sources() -> list[Path]:
     """Kernels and host sides, but for what calls cuDNN."""
-    of_host = [KERNELS / f"{name}.cpp" for name in ("ops", "conv_bn_relu", "pooling")]
+    of_host = [KERNELS / f"{name}.cpp" for name in ("ops", "batch_norm", "conv_bn_relu", "pooling")]
     return of_host + [p for p in sorted(KERNELS.glob("*.cu")) if p.stem != "fold_batch_norm"]
 
 
