@@ -277,8 +277,18 @@ _STREAMING = 11.3
 _INPUT_TRANSFORM, _OUTPUT_TRANSFORM = 10, 7
 
 
-def _winograd_cost(kernel: ConvKernel, outputs: Sequence[int], channels: int, filters: int) -> float:
-    """Time of Winograd's algorithm per channel and filter, in multiplications of float32; outputs [N, P, Q].
+# In training the weight is packed in every call: what that costs for a product of a tile, and how many times as long
+# the rest takes as the products alone would say. By these, of 512 channels at 7x7 batch 1 to 4 are computed directly
+# (6.0 ms at batch 4, F(4,3) 6.1 with its packing), batch 16 by F(4,3) (10.2 and 12.4 ms); of 256 at 14x14 all by
+# Winograd's algorithm (1.2 and 1.4 ms at batch 1; 2 Emerald Rapids cores).
+_PACKING, _PACKING_FACTOR = 25.0, 1.3
+
+
+def _winograd_cost(
+    kernel: ConvKernel, outputs: Sequence[int], channels: int, filters: int, packs: bool = False
+) -> float:
+    """Time of Winograd's algorithm per channel and filter, in multiplications of float32; outputs [N, P, Q]. ``packs``:
+    with that of packing the weight.
 
     Products of bfloat16 take half the time. So F(2,3) of bfloat16 and F(4,3) are level for 64 channels at 56x56 (1540
     and 1560 GFLOP/s at batch 8 on 2 Zen 5 cores), for more channels the former wins (256 at 14x14: 2000 and 1230), for
@@ -288,7 +298,10 @@ def _winograd_cost(kernel: ConvKernel, outputs: Sequence[int], channels: int, fi
     tiles = n * -(-p // kernel.tile) * -(-q // kernel.tile)
     product = 0.5 if kernel.bfloat16 else 1.0
     transforms = _INPUT_TRANSFORM / filters + _OUTPUT_TRANSFORM / channels
-    return (kernel.tile + 2) ** 2 * (tiles * (product + transforms) + product * _STREAMING)
+    positions = (kernel.tile + 2) ** 2
+    if packs:
+        return _PACKING_FACTOR * positions * (tiles * (product + transforms) + product * _STREAMING + _PACKING)
+    return positions * (tiles * (product + transforms) + product * _STREAMING)
 
 
 @cache
@@ -307,10 +320,12 @@ def choose_conv_on_cpu(
     groups: int,
     has_residual: bool,
     dtype: torch.dtype,
+    packs: bool = False,
 ) -> ConvKernel:
     """The kernel for a convolution that `choose` has sent to the backend "cpu".
 
     input_size [N, C, H, W], weight_size [K, C / groups, R, S], output_size [N, K, P, Q]. ``dtype`` is the activations'.
+    ``packs``: the weight is packed for this call alone, as in training.
     """
     k, c = weight_size[:2]
     if _onednn_errs(weight_size, padding, dilation, groups, dtype):
@@ -331,7 +346,7 @@ def choose_conv_on_cpu(
         return ConvKernel("grouped", bfloat16=pairs) if fast else onednn
     if min(c, k) < _vector_width():
         return onednn
-    return _cheapest(conv_costs(weight_size, output_size, stride, dilation, in_bfloat16))
+    return _cheapest(conv_costs(weight_size, output_size, stride, dilation, in_bfloat16, packs))
 
 
 def choose_weight_gradient_on_cpu(
@@ -352,12 +367,14 @@ def choose_weight_gradient_on_cpu(
     k, c, r, s = weight_size
     if groups > 1 or min(c, k) < _vector_width() or (dtype != torch.float32 and onednn_runs(dtype)):
         return "onednn"
+    n, _, p, q = output_size
     if r == s == 3 and max(*stride, *dilation) == 1:
-        return "winograd"
+        # Of few tiles the transform of the sums would be most of it: of 512 channels at 7x7, 4 tiles an image, 2.5 ms
+        # and directly 1.5 at batch 1, 3.5 and 5.9 at batch 2 (2 Emerald Rapids cores).
+        return "winograd" if n * -(-p // 4) * -(-q // 4) >= 8 else "products"
     # Products take longer to copy both maps than oneDNN takes for all, unless maps are small.
-    pixels = output_size[2] * output_size[3]
     small = 14**2 if r * s > 1 or normalises else 7**2
-    return "products" if pixels <= small and max(r, s) <= 3 else "onednn"
+    return "products" if p * q <= small and max(r, s) <= 3 else "onednn"
 
 
 def _cheapest(costs: dict[ConvKernel, float]) -> ConvKernel:
@@ -370,11 +387,13 @@ def conv_costs(
     stride: Sequence[int],
     dilation: Sequence[int],
     in_bfloat16: bool,
+    packs: bool = False,
 ) -> dict[ConvKernel, float]:
     """The kernels of ours for a convolution without groups, and the time of each in multiplications of float32 per
     channel and filter.
 
-    weight_size [K, C, R, S], output_size [N, K, P, Q]; ``in_bfloat16``: they multiply pairs of bfloat16.
+    weight_size [K, C, R, S], output_size [N, K, P, Q]; ``in_bfloat16``: they multiply pairs of bfloat16; ``packs``: see
+    `choose_conv_on_cpu`.
     """
     k, c, r, s = weight_size
     n, _, p, q = output_size
@@ -390,7 +409,7 @@ def conv_costs(
         winograd = [ConvKernel("winograd", tile) for tile in (4, 5, 2)]
         if in_bfloat16:
             winograd.append(ConvKernel("winograd", 2, bfloat16=True))
-        costs |= {kernel: _winograd_cost(kernel, (n, p, q), c, k) for kernel in winograd}
+        costs |= {kernel: _winograd_cost(kernel, (n, p, q), c, k, packs) for kernel in winograd}
     return costs
 
 

@@ -423,7 +423,9 @@ def _report(args: argparse.Namespace) -> int:
     results, readme = Path(args.results), Path(args.readme)
     if not results.is_dir() or not report.folders(results):
         made_by = "bench --peers --json, benchmarks/cpu_layers.py --json, bench --train --json"
-        raise CliError(f"--results {results}: no folder there holds a peers.json, cpu_layers.json or training.json ({made_by})")
+        raise CliError(
+            f"--results {results}: no folder there holds a peers.json, cpu_layers.json or training.json ({made_by})"
+        )
     try:
         text = readme.read_text()
         wanted = report.replace_section(text, report.section(results, readme))

@@ -63,7 +63,7 @@ def assert_trains_like(ours, stock, x, seeds=1):
         x = torch.randn_like(x)
         exact = step(copy.deepcopy(stock).double(), x.double())
         plain = [step(copy.deepcopy(stock).to(memory_format=f), x.contiguous(memory_format=f))
-                 for f in (torch.contiguous_format, torch.channels_last)]  # fmt: skip
+                 for f in (torch.contiguous_format, torch.channels_last)[seeds == 1 :]]  # fmt: skip
         found = step(copy.deepcopy(ours), x)
         unit = UNIT_ROUNDOFF[torch.float32]
         bound = 2 * max(abs(p[0] - exact[0]) for p in plain) + unit * exact[0].abs()

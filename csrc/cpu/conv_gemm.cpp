@@ -43,6 +43,10 @@ void pack(const Weight& w, T* to) {
     for (int64_t position = 0; position < positions; ++position) {
       const float* tap = filters + position / w.taps * w.row_stride + position % w.taps * w.tap_stride;
       T* out = to + ((group * padded + first) * positions + position * columns) * w.depth;
+      if (step == 1 && w.filter_stride == 1 && first + columns <= w.filters) {
+        for (int64_t k = 0; k < w.depth; ++k) std::copy_n(tap + k * w.depth_stride, columns, out + k * columns);
+        continue;
+      }
       for (int64_t begin = 0; begin < w.depth; begin += step * together_in_cache) {
         const int64_t end = std::min(w.depth, begin + step * together_in_cache);
         for (int64_t j = 0; j < columns; ++j) {

@@ -51,7 +51,7 @@ def conv_cpu(
 ) -> Tensor:
     """conv2d of input or, with a ``norm``, of relu(norm(input)); [N, K, P, Q] in channels_last."""
     geometry = Geometry(stride, padding, dilation, groups)
-    kernel = choose_conv_on_cpu(input.shape, weight.shape, size, *geometry, False, input.dtype)
+    kernel = choose_conv_on_cpu(input.shape, weight.shape, size, *geometry, False, input.dtype, True)
     vectors = None
     if norm is not None:
         if kernel.name == "winograd" or (kernel.name == "gemm" and _is_pointwise(weight, geometry)):
@@ -172,7 +172,7 @@ def _convolved_back(grad: Tensor, weight: Tensor, size: Sequence[int], padding: 
     neither Winograd nor GEMM is chosen for it."""
     back = Geometry([1, 1], padding, [1, 1], 1)
     turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
-    kernel = choose_conv_on_cpu(grad.shape, turned, size, *back, False, grad.dtype)
+    kernel = choose_conv_on_cpu(grad.shape, turned, size, *back, False, grad.dtype, True)
     return _run(kernel, grad, weight, None, back, turned=True) if kernel.name in ("gemm", "winograd") else None
 
 
