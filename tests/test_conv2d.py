@@ -20,8 +20,9 @@ ops_ = torch.ops.resnet_fast
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # input [N, C, H, W], filters, kernel, stride, padding, dilation, groups
 SHAPES = {
-    "3x3": ((2, 32, 14, 14), 48, 3, 1, 1, 1, 1),
-    "3x3 odd": ((3, 33, 9, 7), 70, 3, 1, 1, 1, 1),
+    "3x3": ((2, 32, 28, 28), 48, 3, 1, 1, 1, 1),
+    "3x3 odd": ((2, 33, 27, 26), 70, 3, 1, 1, 1, 1),
+    "3x3 on few pixels": ((3, 33, 9, 7), 70, 3, 1, 1, 1, 1),
     "3x3 without padding": ((2, 20, 9, 10), 17, 3, 1, 0, 1, 1),
     "3x3 padded twice": ((1, 18, 6, 5), 16, 3, 1, 2, 1, 1),
     "3x3 on one pixel": ((4, 32, 1, 1), 32, 3, 1, 1, 1, 1),
@@ -257,14 +258,15 @@ def test_kernels_same_bits_for_any_number_of_threads():
 
 def test_which_kernels_run():
     """Otherwise the tests above would say nothing of Winograd's algorithm and of products of matrices."""
-    size = (2, 32, 14, 14)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    assert choose_conv_on_cpu(size, (48, 32, 3, 3), (2, 48, 14, 14), *geometry, False, torch.float32).name == "winograd"
-    chosen = choose_weight_gradient_on_cpu((48, 32, 3, 3), (2, 48, 14, 14), [1, 1], [1, 1], 1, False, torch.float32)
+    sizes, geometry = ((2, 32, 28, 28), (48, 32, 3, 3), (2, 48, 28, 28)), ([1, 1], [1, 1], [1, 1], 1)
+    assert choose_conv_on_cpu(*sizes, *geometry, False, torch.float32, True).name == "winograd"
+    few = ((1, 512, 7, 7), (512, 512, 3, 3), (1, 512, 7, 7))
+    assert choose_conv_on_cpu(*few, *geometry, False, torch.float32, True).name == "gemm"
+    chosen = choose_weight_gradient_on_cpu(*sizes[1:], [1, 1], [1, 1], 1, False, torch.float32)
     assert chosen == "winograd"
     tensors, geometry = make("3x3")
     with torch.profiler.profile() as profile:
-        run(tensors, geometry, torch.randn(2, 48, 14, 14), False)
+        run(tensors, geometry, torch.randn(2, 48, 28, 28), False)
     names = {event.key for event in profile.key_averages()}
     assert {"resnet_fast::_conv_winograd_packing", "resnet_fast::_conv_weight_grad"} <= names
     assert not any("mkldnn" in n or n == "aten::convolution_backward" for n in names)
@@ -282,9 +284,9 @@ def test_only_the_raw_map_is_kept(normalised):
 @pytest.mark.parametrize("name", ("input", "weight", "bias", "bn_weight", "bn_bias"))
 def test_single_gradients(name):
     tensors, geometry = make("3x3", normalised=True)
-    all_of_them = run(tensors, geometry, torch.ones(2, 48, 14, 14), False)
+    all_of_them = run(tensors, geometry, torch.ones(2, 48, 28, 28), False)
     leaf = tensors[name].clone().requires_grad_()
-    call(tensors | {name: leaf}, geometry, False).backward(torch.ones(2, 48, 14, 14))
+    call(tensors | {name: leaf}, geometry, False).backward(torch.ones(2, 48, 28, 28))
     assert torch.equal(leaf.grad, all_of_them[name])
 
 
@@ -361,7 +363,7 @@ def test_opcheck():
 def test_compiled():
     tensors, geometry = make("3x3", normalised=True)
     leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
-    grad = torch.randn(2, 48, 14, 14)
+    grad = torch.randn(2, 48, 28, 28)
     torch.compile(lambda t: call(t, geometry, False), backend="aot_eager", fullgraph=True)(leaves).backward(grad)
     eager = run(tensors, geometry, grad, False)
     assert all(torch.equal(t.grad, eager[n]) for n, t in leaves.items() if n != "bias")
@@ -394,7 +396,7 @@ def test_errors_name_the_argument(normalised):
 
 def test_reference_backend_is_the_same_operator():
     tensors, geometry = make("3x3", normalised=True)
-    grad = torch.randn(2, 48, 14, 14)
+    grad = torch.randn(2, 48, 28, 28)
     ours = run(tensors, geometry, grad, False)
     with resnet_fast.use_backend("reference"):
         plain = run(tensors, geometry, grad, False)

@@ -92,8 +92,6 @@ def _run(
     if norm is not None:
         mean, scale, shift = (v.view(1, -1, 1, 1) for v in norm)
         input = torch.relu((input.float() - mean) * scale + shift).to(input.dtype)
-    if not _all_finite(full):  # whether padding times infinity is NaN, is torch's to say
-        return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
     return _run_direct(without_winograd(kernel), input, full, bias, geometry, None, turned)
 
 
@@ -119,6 +117,10 @@ def _run_direct(
     norm: Tensor | None,
     turned: bool,
 ) -> Tensor:
+    if max(geometry.padding) > 0 and not _all_finite(
+        weight
+    ):  # whether padding times infinity is NaN, is torch's to say
+        return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
     if kernel.name == "gemm":
         packed = _pack_gemm(weight, geometry.groups, kernel.bfloat16, turned, True)
         return _gemm(input, packed, bias, None, *geometry, False, norm)
