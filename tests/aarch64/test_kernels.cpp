@@ -4,6 +4,7 @@
 // Inputs are small integers: whatever is exact must be equal bit for bit. Buffers have exactly the sizes that levels.h
 // asks for, so that a build with -fsanitize=address finds what reads or writes beyond.
 #include "cases.h"
+#include "training.h"
 
 namespace {
 
@@ -383,6 +384,7 @@ int main() {
   test_max_pool();
   test_avg_pool();
   test_add_relu();
+  test_training();
   test_all_finite();
   std::printf("%d checks, %d failed, vectors of %d\n", checks, failures, int(level::vector_width));
   return failures == 0 ? 0 : 1;

@@ -90,15 +90,22 @@ inline vec normalise(const NormVectors& norm, int64_t c, vec x) {
   return (x - load(norm.mean + c)) * load(norm.scale + c) + load(norm.shift + c);
 }
 
-// Bit i is set where value i is not <= 0: NaN passes, as in torch.
+// The largest value that a store to the type rounds to zero.
+template <typename T>
+constexpr float rounds_to_zero = 0.0f;
+template <>
+constexpr float rounds_to_zero<f16> = 0x1p-25f;
+
+// Bit i is set where value i, as it is stored, is not <= 0: NaN passes, as in torch.
+template <typename T>
 inline uint32_t passes(vec v) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(rounds_to_zero<T>), _CMP_NLE_UQ);
 #elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(rounds_to_zero<T>), _CMP_NLE_UQ)));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < width; ++i) bits |= uint32_t(!(v[i] <= 0.0f)) << i;
+  for (int i = 0; i < width; ++i) bits |= uint32_t(!(v[i] <= rounds_to_zero<T>)) << i;
   return bits;
 #endif
 }
@@ -153,7 +160,7 @@ void apply_to(const NormApply& a, int64_t begin, int64_t end) {
         const vec r = load_some(residual + c, n);
         y += residual_is_normalised ? normalise(a.residual_norm, c, r) : r;
       }
-      if (mask) put_bits(mask, c, n, passes(y));
+      if (mask) put_bits(mask, c, n, passes<T>(y));
       store_some(out + c, a.relu ? relu(y) : y, n);
     }
     x += a.channels, out += a.channels;
@@ -169,9 +176,10 @@ void apply_to_type(const NormApply& a, int64_t begin, int64_t end) {
 }
 
 // The gradient behind the ReLU: `grad` where the mask or, without one, the normalised value lets it through.
+template <typename T>
 inline vec behind_relu(const NormGrad& g, const uint8_t* mask, int64_t c, int64_t n, vec grad, vec x) {
   if (mask) return select(bits_at(mask, c, n), grad);
-  return g.relu ? select(passes(normalise(g.norm, c, x)), grad) : grad;
+  return g.relu ? select(passes<T>(normalise(g.norm, c, x)), grad) : grad;
 }
 
 // Sums over pixels of the gradient, of its product with the map's deviation from the mean and with the shortcut's.
@@ -199,7 +207,7 @@ struct GradSums {
         each<vectors, 1>([&](int i, int) {
           const int64_t at = c + i * width;
           const vec value = load_some(x + i * width, n);
-          const vec d = behind_relu(g, mask, at, n, load_some(grad + i * width, n), value);
+          const vec d = behind_relu<T>(g, mask, at, n, load_some(grad + i * width, n), value);
           sum[i] += d;
           sum[vectors + i] += d * (value - load(g.norm.mean + at));
           if constexpr (has_shortcut)
@@ -238,7 +246,7 @@ void grad_to(const NormGrad& g, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < channels; c += width) {
       const int64_t n = channels - c;
       const vec value = load_some(x + c, n);
-      const vec d = behind_relu(g, mask, c, n, load_some(grad + c, n), value);
+      const vec d = behind_relu<T>(g, mask, c, n, load_some(grad + c, n), value);
       if constexpr (has_shortcut) {
         const vec other = load_some(shortcut + c, n);
         store_some(to_shortcut + c, through_norm(g.shortcut_norm, g.shortcut_slope, c, d, other), n);
