@@ -327,6 +327,9 @@ def _results_to_update(args: argparse.Namespace, found: dict) -> dict | None:
 
 
 def _chosen_ways(args: argparse.Namespace, device: str) -> list[training.Way]:
+    for option in ("update", "compare"):
+        if getattr(args, option):
+            raise CliError(f"--{option} is for passes forward, not for --train")
     known = training.ways(device)
     unknown = [name for name in args.peers or () if name not in known]
     if unknown:
@@ -335,13 +338,9 @@ def _chosen_ways(args: argparse.Namespace, device: str) -> list[training.Way]:
     return [way for way in chosen if args.compile or not way.compiled]
 
 
-def _bench_training(args: argparse.Namespace, names: list[str], device: str) -> int:
+def _bench_training(args: argparse.Namespace, names: list[str], device: str, chosen: list[training.Way]) -> int:
     from torch.hub import tqdm
 
-    for option in ("update", "compare"):
-        if getattr(args, option):
-            raise CliError(f"--{option} is for passes forward, not for --train")
-    chosen = _chosen_ways(args, device)
     found = {"environment": environment(), "device": _device_name(torch.device(device)), "cells": []}
     right, cases = True, list(itertools.product(names, args.dtype, args.batch))
     with tqdm(total=len(cases) * len(chosen) * args.rounds, unit="step") as bar:
@@ -367,13 +366,13 @@ def _bench(args: argparse.Namespace) -> int:
     old = _load_results(args.compare, "--compare") if args.compare else None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    chosen = _chosen_ways(args, device.type) if args.train else _chosen_peers(args, device.type)
     if device.type == "cpu" and "OMP_PROC_BIND" not in os.environ:
         print(
             "resnet-fast: OMP_PROC_BIND=true is not set; times may be far too long (see bench --help)", file=sys.stderr
         )
     if args.train:
-        return _bench_training(args, names, device.type)
-    chosen = _chosen_peers(args, device.type)
+        return _bench_training(args, names, device.type, chosen)
 
     roof = limits.ceilings(device.type)
     found = {"environment": environment(), "device": _device_name(device), "ceilings": roof.to_dict(), "cells": []}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from resnet_fast.backends import NAMES
+from resnet_fast.bench import training
 from resnet_fast.cli import OURS, RANDOM, main
 from resnet_fast.measure import Timing, calibrate, environment, interleaved, ratio, ratio_error, relative_rms
 
@@ -89,6 +90,28 @@ def test_explain_modules(capsys, dtype):
     assert code == 0
     assert f"resnet18, {dtype} on cpu, eval mode" in out
     assert "layer4.1" in out and "of 9 blocks fused" in out
+
+
+def test_bench_train(capsys, tmp_path, monkeypatch):
+    """Steps of every way, each with its loss and what it keeps; mistakes are told in a line."""
+    fixed = torch.randn(8, 3, 64, 64)
+    monkeypatch.setattr(training, "images", lambda n: fixed[:n])
+    file = tmp_path / "training.json"
+    arguments = ("bench", "--train", "resnet18", "--batch", "4", "--rounds", "2", "--device", "cpu", "--no-compile")
+    code, out, _ = run(capsys, *arguments, "--json", str(file))
+    assert code == 0 and "resnet_fast lean" in out and "kept MB/image" in out
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert cell["train"] and {"resnet_fast", "resnet_fast lean", "torch", "torch channels_last"} <= set(cell["peers"])
+    losses = [peer["loss"] for peer in cell["peers"].values()]
+    assert max(losses) - min(losses) < 1e-3
+    kept = {name: peer["kept_bytes_per_image"] for name, peer in cell["peers"].items()}
+    assert 0 < kept["resnet_fast"] < 0.8 * kept["torch channels_last"]
+    for wrong, words in (
+        (("--peers", "ncnn"), "unknown 'ncnn'; the ways to train"),
+        (("--compare", "x"), "--compare is for"),
+    ):
+        code, _, err = run(capsys, "bench", "resnet18", "--train", "--device", "cpu", *wrong)
+        assert code == 2 and words in err
 
 
 def test_explain_train(capsys):

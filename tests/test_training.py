@@ -156,12 +156,13 @@ def test_blocks_against_float64(kind, size, dtype):
             assert torch.equal(found[name], e)
             continue
         # In 16 bits a ReLU here and there lets through what it should not, in torch as in ours: errors of percents.
-        times = 2 if dtype == torch.float32 or name == "out" or "running" in name else 3
+        flips = dtype != torch.float32 and name != "out" and "running" not in name
+        times, least = (3, 0.05) if flips else (2, 2 * WINOGRAD)
         if name in ("conv1.bias", "conv2.bias"):
             size_of_terms = grad.double().square().mean().sqrt().item() * (n * h * w)
             assert found[name].abs().max() <= 64 * unit * size_of_terms
             continue
-        bound = max(times * max(relative_rms(s[name], e) for s in stock) + unit, 2 * WINOGRAD)
+        bound = max(times * max(relative_rms(s[name], e) for s in stock) + unit, least)
         assert relative_rms(found[name], e) <= bound, name
 
 

@@ -372,8 +372,9 @@ def _cpu_ceilings() -> Ceilings:
         product = _best(_timed(2.0 * len(a) ** 3, lambda: a @ a))
         if product > found["bfloat16"]:
             found["bfloat16"], how = product, f"{how} (bfloat16: a matrix product)"
-    else:
-        found["bfloat16"] = found["float32"]  # without instructions for it, arithmetic is in float32
+    # Without instructions for it, or with ones that take longer (a virtual machine on Emerald Rapids without its matrix
+    # units: half the rate), arithmetic may be in float32.
+    found["bfloat16"] = max(found["bfloat16"], found["float32"])
     found["float16"] = found["float32"]
     x = torch.ones(1 << 26)  # 256 MiB, beyond every cache
     y = torch.zeros_like(x)
