@@ -108,7 +108,7 @@ def test_bench_train(capsys, tmp_path, monkeypatch):
     assert 0 < kept["resnet_fast"] < 0.8 * kept["torch channels_last"]
     for wrong, words in (
         (("--peers", "ncnn"), "unknown 'ncnn'; the ways to train"),
-        (("--compare", "x"), "--compare is for"),
+        (("--update",), "--update is for"),
     ):
         code, _, err = run(capsys, "bench", "resnet18", "--train", "--device", "cpu", *wrong)
         assert code == 2 and words in err
