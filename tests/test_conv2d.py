@@ -256,6 +256,19 @@ def test_kernels_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
+def test_kernels_winograd_same_bits_however_the_weight_is_packed():
+    """As a whole, or a panel's channels by the thread that multiplies them: that depends on the number of threads."""
+    x, weight, bias = torch.randn(4, 300, 14, 14), torch.randn(264, 300, 3, 3), torch.zeros(264)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 4, 16):
+            torch.set_num_threads(n)
+            found.append([ops_._conv_winograd_packing(x, weight, bias, [1, 1], tile)[0] for tile in (2, 4, 5)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_which_kernels_run():
     """Otherwise the tests above would say nothing of Winograd's algorithm and of products of matrices."""
     sizes, geometry = ((2, 32, 28, 28), (48, 32, 3, 3), (2, 48, 28, 28)), ([1, 1], [1, 1], [1, 1], 1)

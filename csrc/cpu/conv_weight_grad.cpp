@@ -24,7 +24,7 @@ int64_t block_of(int64_t units, int64_t unit_bytes) {
 bool run(WeightGrad& g, int64_t units) {
   const ConvShape& s = g.shape;
   const Kernels& run = kernels();
-  const int64_t panel = run.gemm_panel, positions = g.winograd ? stem_size * stem_size : s.r * s.s;
+  const int64_t panel = run.gemm_panel, positions = g.winograd ? weight_grad_size * weight_grad_size : s.r * s.s;
   const int64_t grad_positions = g.winograd ? positions : 1;
   const int64_t k_panels = (s.k + panel - 1) / panel, c_panels = (s.c + panel - 1) / panel;
   const int64_t unit_bytes = (positions * c_panels + grad_positions * k_panels) * panel * int64_t(sizeof(float));
@@ -106,12 +106,13 @@ std::tuple<Tensor, bool> conv_weight_grad(const Tensor& grad, const Tensor& inpu
     STD_TORCH_CHECK(like.size(2) == 3 && like.size(3) == 3 && stride[0] == 1 && stride[1] == 1 && dilation[0] == 1 &&
                         dilation[1] == 1,
                     "Winograd's algorithm takes 3x3 kernels without stride and dilation");
-    for (const auto& row : winograd_weight_transform(stem_tile, stem_taps))
+    for (const auto& row : winograd_weight_transform(weight_grad_taps, weight_grad_tile))
       for (const double v : row) transform.push_back(float(v));
   }
   job.transform = transform.data();
   const ConvShape& s = job.shape;
-  const int64_t units = winograd ? s.n * ((s.p + 3) / 4) * ((s.q + 3) / 4) : s.n * s.p * s.q;
+  const auto tiles = [](int64_t outputs) { return (outputs + weight_grad_tile - 1) / weight_grad_tile; };
+  const int64_t units = s.n * (winograd ? tiles(s.p) * tiles(s.q) : s.p * s.q);
   return {out, run(job, units)};
 }
 

@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 struct Transformed {};
 struct Products {};
 struct PackedWeight {};
-struct PackedPanel {};
+struct PackedChunk {};
 
 // A weight [K, C, 3, 3] of any strides, to be transformed; `turned`: for the convolution that computes the gradient of
 // the input from that of the output.
@@ -55,15 +55,21 @@ class RawWeight {
   }
   int64_t bytes_of_filter() const { return (m_ + 2) * (m_ + 2) * depth() * bytes_of(type()); }
 
-  void pack(void* to) const {
+  // All panels, each in chunks of so many channels.
+  void pack(int64_t chunk, void* to) const {
     const int64_t panel = kernels().gemm_panel;
     for_each_item((padded_filters() + panel - 1) / panel, 8 * padded_filters() * weight_.channels, [&](int64_t item) {
-      pack_panel(item * panel, 0, weight_.channels, static_cast<char*>(to) + item * panel * bytes_of_filter());
+      for (int64_t c = 0; c < weight_.channels; c += chunk)
+        pack_chunk(item * panel, c, chunk, static_cast<char*>(to) + place_of(item * panel, c));
     });
   }
-  // Channels [begin, end) of the panel at `filter`.
-  void pack_panel(int64_t filter, int64_t begin, int64_t end, void* to) const {
-    kernels().winograd_weight(weight_, m_, filter, begin, end, to);
+  void pack_chunk(int64_t filter, int64_t channel, int64_t chunk, void* to) const {
+    kernels().winograd_weight(weight_, m_, filter, channel, std::min(weight_.channels, channel + chunk), to);
+  }
+  // Where `pack` puts the panel at `filter`, from that channel on.
+  int64_t place_of(int64_t filter, int64_t channel) const {
+    const int64_t columns = std::min(kernels().gemm_panel, padded_filters() - filter);
+    return filter * bytes_of_filter() + columns * (m_ + 2) * (m_ + 2) * channel * bytes_of(type());
   }
 
  private:
@@ -90,7 +96,8 @@ int64_t least_tiles() {
 #endif
 }
 
-// Channels of a panel that are packed at a time where they are needed once: 1.2 MB for tiles of 4 x 4.
+// Channels of a panel that are packed and multiplied at a time where the weight changes with every call: 1.2 MB for
+// tiles of 4 x 4.
 constexpr int64_t packed_channels = 128;
 
 // Tiles of a block, of which each thread gets as many; 0: the threads share.
@@ -137,7 +144,7 @@ Tensor pack_winograd(const Tensor& weight, int64_t m, bool bfloat16) {  // [K, C
   const RawWeight raw(weight, m, bfloat16, false);
   Tensor packed = torch::stable::empty({raw.padded_filters(), (m + 2) * (m + 2), raw.depth()},
                                        bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-  raw.pack(packed.mutable_data_ptr());
+  raw.pack(raw.channels(), packed.mutable_data_ptr());
   return packed;
 }
 
@@ -179,16 +186,21 @@ bool run(Conv conv, int64_t m, const RawWeight* raw) {
   const auto panel_of = [&](const void* transformed, int64_t stride, int64_t begin, int64_t end, int64_t filter) {
     const Scratch<Products> scratch(products_bytes(end - begin));
     float* products = scratch.floats();
-    if (packs_panels) {
-      const Scratch<PackedPanel> weight(panel * size * size * packed_channels * value_bytes);
-      for (int64_t c = 0; c < s.c; c += packed_channels) {
-        const int64_t last = std::min(s.c, c + packed_channels);
-        raw->pack_panel(filter, c, last, weight.bytes());
-        run.winograd_products(conv, m, transformed, stride, end - begin, filter, c, last, weight.bytes(), products);
+    const char* weight = static_cast<const char*>(conv.weight);
+    const auto multiply = [&](int64_t first, int64_t last, const void* at) {
+      run.winograd_products(conv, m, transformed, stride, end - begin, filter, first, last, at, products);
+    };
+    if (!raw) multiply(0, s.c, weight + filter * filter_bytes);
+    // Whoever packs, chunks are the same: the order of the sums must not depend on the number of threads.
+    for (int64_t c = 0; raw && c < s.c; c += packed_channels) {
+      const void* chunk = packs_panels ? nullptr : weight + raw->place_of(filter, c);
+      std::optional<Scratch<PackedChunk>> own;
+      if (packs_panels) {
+        own.emplace(panel * size * size * packed_channels * value_bytes);
+        raw->pack_chunk(filter, c, packed_channels, own->bytes());
+        chunk = own->bytes();
       }
-    } else {
-      run.winograd_products(conv, m, transformed, stride, end - begin, filter, 0, s.c,
-                            static_cast<const char*>(conv.weight) + filter * filter_bytes, products);
+      multiply(c, std::min(s.c, c + packed_channels), chunk);
     }
     if (!run.winograd_output(conv, m, begin, end, filter, products)) finite = false;
   };
@@ -203,7 +215,7 @@ bool run(Conv conv, int64_t m, const RawWeight* raw) {
   std::optional<Scratch<PackedWeight>> packed;
   if (raw && !packs_panels) {
     packed.emplace(raw->padded_filters() * raw->bytes_of_filter());
-    raw->pack(packed->bytes());
+    raw->pack(packed_channels, packed->bytes());
     conv.weight = packed->bytes();
   }
 

@@ -110,6 +110,10 @@ struct NormGrad {
   bool relu;
 };
 
+// F(3, 4) again: 3 x 3 taps from tiles of 4 x 4 values of the output's gradient.
+constexpr int64_t weight_grad_taps = 3, weight_grad_tile = 4,
+                  weight_grad_size = weight_grad_taps + weight_grad_tile - 1;
+
 // The gradient of a convolution's weight, without groups; see kernels/conv_weight_grad.cpp. All maps in channels_last.
 struct WeightGrad {
   ConvShape shape;

@@ -73,16 +73,7 @@ int launch_add_relu(const void* a, const void* b, void* out, int64_t n, void* st
 
 int launch_add_relu(Type type, const void* a, const void* b, void* out, int64_t n, void* stream) {
   if (n == 0) return int(cudaSuccess);
-  switch (type) {
-    case Type::float32:
-      return launch_add_relu<float>(a, b, out, n, stream);
-    case Type::bfloat16:
-      return launch_add_relu<__nv_bfloat16>(a, b, out, n, stream);
-    case Type::float16:
-      return launch_add_relu<__half>(a, b, out, n, stream);
-    default:
-      return int(cudaErrorInvalidValue);
-  }
+  return with_type(type, [&](auto value) { return launch_add_relu<decltype(value)>(a, b, out, n, stream); });
 }
 
 }  // namespace resnet_fast

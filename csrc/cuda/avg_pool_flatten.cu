@@ -67,16 +67,7 @@ int launch_avg_pool_flatten(const AvgPool& m, void* stream) {
 
 int launch_avg_pool_flatten(const AvgPool& pool, void* stream) {
   if (pool.n * pool.c == 0) return int(cudaSuccess);
-  switch (pool.type) {
-    case Type::float32:
-      return launch_avg_pool_flatten<float>(pool, stream);
-    case Type::bfloat16:
-      return launch_avg_pool_flatten<__nv_bfloat16>(pool, stream);
-    case Type::float16:
-      return launch_avg_pool_flatten<__half>(pool, stream);
-    default:
-      return int(cudaErrorInvalidValue);
-  }
+  return with_type(pool.type, [&](auto value) { return launch_avg_pool_flatten<decltype(value)>(pool, stream); });
 }
 
 }  // namespace resnet_fast

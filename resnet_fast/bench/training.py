@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -114,28 +115,40 @@ class Training:
         return after - before
 
 
-class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
-    ] + [("keepcost", ctypes.c_size_t)]
-
-
 def allocated(device: str) -> int:
     """Bytes that torch's allocator on CUDA, or malloc less this package's idle maps, has handed out.
 
-    Raises RuntimeError where malloc does not tell (it does in glibc from 2.33 on).
+    Raises:
+        RuntimeError: this C library has no malloc_info; glibc has.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
+    text = _malloc_info()
+    totals = text[text.rindex("</heap>") :]
+
+    def total(pattern: str) -> int:
+        return int(re.search(pattern, totals)[1])
+
+    free = sum(total(f'<total type="{kind}" count="\\d+" size="(\\d+)"') for kind in ("fast", "rest"))
+    mapped = total('<total type="mmap" count="\\d+" size="(\\d+)"')
+    in_heaps = total('<system type="current" size="(\\d+)"') - free
+    return in_heaps + mapped - torch.ops.resnet_fast._map_pool_bytes()
+
+
+def _malloc_info() -> str:
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
+    if not hasattr(libc, "malloc_info"):
         raise RuntimeError("this C library does not tell what is allocated")
-    libc.mallinfo2.restype = _Mallinfo
-    found = libc.mallinfo2()
-    return found.uordblks + found.hblkhd - torch.ops.resnet_fast._map_pool_bytes()
+    libc.open_memstream.restype = ctypes.c_void_p
+    buffer, size = ctypes.c_char_p(), ctypes.c_size_t()
+    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(buffer), ctypes.byref(size)))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    text = buffer.value.decode()
+    libc.free(buffer)
+    return text
 
 
 def kept_per_image(cell: Cell, way: Way, stock: nn.Module, few: int = 4, many: int = 8) -> float:

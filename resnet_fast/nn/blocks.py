@@ -12,9 +12,8 @@ from torchvision.models import resnet as tv
 from .fused import (
     conv_bn,
     conv_bn_shortcut,
+    fused_block,
     is_channels_last,
-    is_plain_tensor,
-    may_fuse_input,
     uses_batch_statistics,
     why_plain_conv_bn,
     why_plain_projection,
@@ -44,12 +43,9 @@ class BasicBlock(tv.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and self.why_plain() is None:
-                training = uses_batch_statistics(self.bn1)
-                if may_fuse_input(x, self.conv1, training):
-                    out = self._fused_training(x) if training else self._fused(x)
-                    contiguous = self.hands_out_contiguous and not is_channels_last(self.conv2)
-                    return out.contiguous() if contiguous else out
+            out = fused_block(self, x)
+            if out is not None:
+                return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
         return self._plain(x)
 
     @torch.jit.unused
@@ -85,12 +81,9 @@ class Bottleneck(tv.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and self.why_plain() is None:
-                training = uses_batch_statistics(self.bn1)
-                if may_fuse_input(x, self.conv1, training):
-                    out = self._fused_training(x) if training else self._fused(x)
-                    contiguous = self.hands_out_contiguous and not is_channels_last(self.conv2)
-                    return out.contiguous() if contiguous else out
+            out = fused_block(self, x)
+            if out is not None:
+                return out.contiguous() if self.hands_out_contiguous and not is_channels_last(self.conv2) else out
         return self._plain(x)
 
     @torch.jit.unused

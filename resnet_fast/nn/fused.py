@@ -186,6 +186,19 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d, training: bool = False, has_resid
     return fused_backend("batch_norm_relu_conv" if training else "conv_bn_relu", device, dtype)
 
 
+def fused_block(block: nn.Module, x: Tensor) -> Tensor | None:
+    """What a block's fused form makes of x, or None where the block must run as torch does.
+
+    The block has conv1 and bn1 first, `why_plain`, and `_fused` and `_fused_training` for either kind of statistics.
+    """
+    if not is_plain_tensor(x) or block.why_plain() is not None:
+        return None
+    training = uses_batch_statistics(block.bn1)
+    if not may_fuse_input(x, block.conv1, training):
+        return None
+    return block._fused_training(x) if training else block._fused(x)
+
+
 def may_max_pool(x: Tensor) -> bool:
     """Whether the max-pooling behind a fused convolution of ``x`` is worth fusing too; `may_fuse_input` has said yes.
 

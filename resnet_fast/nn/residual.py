@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from .fused import (
     conv_bn,
     conv_bn_projection,
-    is_plain_tensor,
-    may_fuse_input,
+    fused_block,
     uses_batch_statistics,
     why_plain_conv,
     why_plain_conv_bn,
@@ -52,10 +51,9 @@ class Residual(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if is_plain_tensor(X) and self.why_plain() is None:
-                training = uses_batch_statistics(self.bn1)
-                if may_fuse_input(X, self.conv1, training):
-                    return self._fused_training(X) if training else self._fused(X)
+            fused = fused_block(self, X)
+            if fused is not None:
+                return fused
         Y = F.relu(self.bn1(self.conv1(X)))
         Y = self.bn2(self.conv2(Y))
         if self.conv3 is not None:

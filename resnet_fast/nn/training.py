@@ -27,8 +27,8 @@ def set_activation_memory(model: nn.Module, mode: str) -> nn.Module:
     """Says what the fused blocks of ``model`` keep of a forward pass for the backward pass.
 
     "default" keeps what convolutions return and what blocks return; torch's ResNet-50 also keeps every normalised map
-    (1.28 times as many bytes). "lean" drops the results of the 1x1 convolutions in front of a block's sum, expansions
-    and projections, and computes them again (8 % more operations): 0.46 of torch's bytes in ResNet-50. The numbers are
+    (1.25 times as many bytes). "lean" drops the results of the 1x1 convolutions in front of a block's sum, expansions
+    and projections, and computes them again (8 % more operations): 0.47 of torch's bytes in ResNet-50. The numbers are
     the same, bit for bit.
 
     Args:

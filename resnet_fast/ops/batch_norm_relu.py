@@ -211,11 +211,10 @@ def _kernel(input: Tensor, weight, bias, residual, eps: float, relu: bool) -> tu
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, residual, ctx.eps, ctx.relu = inputs
+    input, weight, bias, _, ctx.eps, ctx.relu = inputs
     _, mask, mean, var = output
     ctx.mark_non_differentiable(mask, mean, var)
     ctx.set_materialize_grads(False)
-    ctx.has_residual, ctx.residual = residual is not None, None
     ctx.save_for_backward(input, weight, bias, mask, mean, var)
 
 

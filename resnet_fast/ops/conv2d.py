@@ -102,9 +102,8 @@ def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding,
 
 
 def _setup_context(ctx, inputs, output: Tensor) -> None:
-    input, weight, bias, stride, padding, dilation, ctx.groups = inputs
+    input, weight, _, stride, padding, dilation, ctx.groups = inputs
     ctx.pairs = conv_pairs(stride, padding, dilation)
-    ctx.has_bias = bias is not None
     ctx.save_for_backward(input, weight)
 
 

@@ -150,12 +150,12 @@ void test_weight_grad(ConvShape s, Storage type, bool winograd, bool normalises)
               }
           }
   std::vector<float> transform;
-  for (int64_t i = 0; winograd && i < stem_size; ++i)
-    for (int64_t j = 0; j < stem_taps; ++j)
-      transform.push_back(float(transform_of_weights(stem_tile, stem_taps, i, j)));
+  for (int64_t i = 0; winograd && i < weight_grad_size; ++i)
+    for (int64_t j = 0; j < weight_grad_tile; ++j)
+      transform.push_back(float(transform_of_weights(weight_grad_taps, weight_grad_tile, i, j)));
   Values input(type, c.input), grad(type, g), output(Storage::f32, int64_t(expected.size()));
   const int64_t units = winograd ? s.n * ceil_div(s.p, 4) * ceil_div(s.q, 4) : s.n * s.p * s.q;
-  const int64_t panel = level::gemm_panel, positions = winograd ? stem_size * stem_size : s.r * s.s;
+  const int64_t panel = level::gemm_panel, positions = winograd ? weight_grad_size * weight_grad_size : s.r * s.s;
   const int64_t grad_positions = winograd ? positions : 1, k_panels = ceil_div(s.k, panel),
                 c_panels = ceil_div(s.c, panel);
   const WeightGrad job{s,

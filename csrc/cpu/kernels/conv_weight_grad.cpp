@@ -14,7 +14,7 @@
 namespace resnet_fast::RESNET_FAST_LEVEL {
 namespace {
 
-constexpr int tile = 4, taps = 3, size = tile + taps - 1;
+constexpr int tile = weight_grad_tile, taps = weight_grad_taps, size = weight_grad_size;
 
 // Units whose products are summed before they are added to the sums in memory: a sum of sums loses less than one long
 // sum, and the panels of so many units stay in the L1 and L2 caches (32 KiB each with AVX-512).
