@@ -177,6 +177,11 @@ def _cases(args: argparse.Namespace) -> list[kernels.Case]:
     return [case for case in found if args.layers in str(case)]
 
 
+_NORMS = {
+    "none": "batch_norm_relu", "residual": "batch_norm_relu with residual", "projection": "batch_norm_relu_projection",
+}  # fmt: skip
+
+
 def _maps(args: argparse.Namespace) -> dict[str, Callable]:
     """What measures the operators on maps alone, by name."""
     pooled, averaged = kernels.pooled_maps(args.models)
@@ -184,6 +189,15 @@ def _maps(args: argparse.Namespace) -> dict[str, Callable]:
         ("add_relu", kernels.time_add_relu, kernels.residual_maps(args.models)),
         ("max_pool", kernels.time_max_pool, pooled),
         ("avg_pool_flatten", kernels.time_avg_pool, averaged),
+        *(
+            (
+                f"{_NORMS[shortcut]}{', with gradient' * backward}",
+                partial(kernels.time_batch_norm, shortcut, backward),
+                maps,
+            )
+            for shortcut, maps in kernels.normalised_maps(args.models).items()
+            for backward in (False, True)
+        ),
     )
     found = {f"{name} {c}@{size}": partial(time, c, size) for name, time, maps in operators for c, size in maps}
     return {name: time for name, time in found.items() if args.layers in name}
@@ -257,7 +271,10 @@ def _train(cell: Cell, way: training.Way, args: argparse.Namespace) -> dict:
     kept = {"kept_mb_per_image": result.kept / 1e6} if result.kept is not None else {}
     peak = {"peak_gb": result.peak / 1e9} if result.peak is not None else {}
     names = ("p20_ms", "p80_ms", "fraction_of_bound", "bound", "loss")
-    return figures | {name: facts[name] for name in names if name in facts} | kept | peak
+    largest = {}
+    if cell.device == "cuda" and not (way.compiled or way.graphed):
+        largest = {"largest_batch": training.largest_batch(cell, way, training.stock_model(cell.model))}
+    return figures | {name: facts[name] for name in names if name in facts} | kept | peak | largest
 
 
 def train(campaign, args: argparse.Namespace) -> None:

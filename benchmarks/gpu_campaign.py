@@ -18,7 +18,7 @@
     tune        the best tile of the CUDA C++ convolution for each class of layers, all of them as JSON; then candidate
                 entries for resnet_fast/kernels/configs.py on the same convolutions, on each path that Triton has for
                 them (compiles on all cores first), and for each entry the best, as it would be written there
-    train       a training step of whole models: time and peak memory
+    train       a training step of whole models: time, peak memory, and the largest batch by two peaks
     profile     ncu on the layers that --layers names, where it is installed
 
 No step starts a new row once it has used up its budget. Each row goes to DIR/campaign.jsonl as soon as it is measured,
@@ -120,6 +120,7 @@ def line(row: dict) -> str:
         "bound",
         "summary",
         "peak_gb",
+        "largest_batch",
         "flops",
         "bandwidth",
         "available",

@@ -117,7 +117,10 @@ def _best(operator: str, device: str, dtype: torch.dtype, library_enabled: bool)
             return choice("cudnn", "fused: one pass over the output; the CUDA C++ kernel is not measured yet")
         if operator == "conv_bn_relu_projection" and "cudnn" in works:
             return choice("cudnn", "two fused convolutions; both in one Triton kernel has not been measured yet")
-        if operator in ("max_pool", "avg_pool_flatten") or operator in TRAINING:
+        if operator in TRAINING and ("cuda" in works or "triton" in works):
+            best = "cuda" if "cuda" in works else "triton"
+            return choice(best, "fused: one read for statistics, one pass to apply them; convolutions are cuDNN's")
+        if operator in ("max_pool", "avg_pool_flatten"):
             return choice("reference", "the CUDA C++ and Triton kernels have not been measured yet")
         if operator == "conv_bn_relu_max_pool":
             return choice("reference", "conv_bn_relu, then torch's max-pooling: the kernel of both is not measured yet")

@@ -1,6 +1,6 @@
 """What tests of the training operators share, whichever backend runs them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from checks import UNIT_ROUNDOFF
@@ -24,6 +24,7 @@ class Case:
     residual: Tensor | None = None
     vectors: dict[str, Tensor | None] = field(default_factory=dict)  # weight, bias, of the shortcut too
     eps: float = 1e-5
+    device: str = "cpu"  # of what does not run on the reference
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"input": self.input, "residual": self.residual, **self.vectors}
@@ -40,15 +41,16 @@ class Case:
         return function(t["input"], *affine, t.get("residual"), self.eps, relu)
 
     def run(self, dtype=None, reference=True) -> dict[str, Tensor]:
-        """The result and the gradient of every tensor, in ``dtype`` (else their own)."""
+        """The result and the gradient of every tensor, in ``dtype`` (else their own), on the CPU."""
+        device = "cpu" if reference else self.device
         leaves = {
-            name: t.detach().clone(memory_format=torch.preserve_format).to(dtype or t.dtype).requires_grad_()
+            name: t.detach().clone(memory_format=torch.preserve_format).to(device, dtype or t.dtype).requires_grad_()
             for name, t in self.tensors().items()
         }
         out = self.call(leaves, reference)
         out = out if reference else out[0]
-        out.backward(self.grad.to(out.dtype))
-        return {"out": out.detach(), **{name: t.grad for name, t in leaves.items()}}
+        out.backward(self.grad.to(device, out.dtype))
+        return {"out": out.detach().cpu(), **{name: t.grad.cpu() for name, t in leaves.items()}}
 
 
 def random_map(*size, dtype=torch.float32, mean=0.0) -> Tensor:
@@ -71,7 +73,7 @@ def assert_right(case: Case) -> None:
     batch statistics, and in sums, a few roundings of what is summed up, however small the sum."""
     before = {name: t.clone() for name, t in case.tensors().items()}
     exact, ours = case.run(torch.float64), case.run(reference=False)
-    contiguous = Case(case.mode, case.input.contiguous(), case.grad, case.residual, case.vectors, case.eps)
+    contiguous = replace(case, input=case.input.contiguous())
     stock = case.run(), contiguous.run()
     assert all(torch.equal(t, before[name]) for name, t in case.tensors().items()), "an argument was changed"
     times, units = (2, 1) if case.input.shape[1] >= 16 else (4, 4)

@@ -38,7 +38,7 @@ def test_dry_run_names_every_step_and_writes_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert list(dict.fromkeys(line.split()[0] for line in result.stdout.splitlines()[:-1])) == STEPS
     assert "torch.compile max-autotune" in result.stdout and "tensorrt" in result.stdout
-    assert "42 convolutions and 11 operators on maps, bfloat16 batch 256" in result.stdout
+    assert "42 convolutions and 57 operators on maps, bfloat16 batch 256" in result.stdout
     assert "CUTLASS's convolutions, built first" in result.stdout
     assert "memcheck on benchmarks/sanitizer_cases.py" in result.stdout
     assert f"{len(CUDA_TILES)} tiles of the CUDA C++ convolution" in result.stdout

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from ..backends import backends, cuda_emulated, triton_interpreted, use_backend
 from ..measure import interleaved, relative_rms
-from ..ops import add_relu, avg_pool_flatten, conv_bn_relu, conv_bn_relu_max_pool, conv_bn_relu_projection, max_pool
+from ..ops import (
+    add_relu,
+    avg_pool_flatten,
+    batch_norm_relu,
+    batch_norm_relu_projection,
+    batch_norm_relu_projection_ref,
+    batch_norm_relu_ref,
+    conv_bn_relu,
+    conv_bn_relu_max_pool,
+    conv_bn_relu_projection,
+    max_pool,
+)
 from . import limits
 from .cells import one_line, tolerance
 from .layers import Block, Layer, blocks, distinct, read, stem
@@ -278,6 +289,18 @@ def pooled_maps(models: list[str]) -> tuple[list[tuple[int, int]], list[tuple[in
     return largest, averaged
 
 
+def normalised_maps(models: list[str]) -> dict[str, list[tuple[int, int]]]:
+    """(channels, size) of the maps whose normalisation in training has this shortcut: see `time_batch_norm`."""
+    found: dict[str, dict] = {shortcut: {} for shortcut in SHORTCUTS}
+    for model in models:
+        found["none"][stem(model).filters, stem(model).out_size] = None
+        for block in blocks(model):
+            *inner, last = block.branch
+            found["none"] |= {(layer.filters, layer.out_size): None for layer in inner}
+            found["projection" if block.projection else "residual"][last.filters, last.out_size] = None
+    return {shortcut: list(maps) for shortcut, maps in found.items()}
+
+
 # The ways to run them
 
 
@@ -494,6 +517,45 @@ def time_add_relu(channels: int, size: int, batch: int, dtype: torch.dtype, devi
     calls = {"torch": lambda: torch.relu(a + b), COPY: lambda: target.copy_(source)}
     calls |= _our_ways("add_relu", device, lambda: add_relu(a, b))
     return _row(limits.add_relu_kernel(channels, size), calls, _is_equal_to(torch.relu(a + b)), batch, dtype, device)
+
+
+SHORTCUTS = ("none", "residual", "projection")
+
+
+def time_batch_norm(
+    shortcut: str, backward: bool, channels: int, size: int, batch: int, dtype: torch.dtype, device: str
+) -> dict:
+    """Every way to run batch_norm_relu or, with a ``shortcut`` to be normalised too, batch_norm_relu_projection,
+    checked against float64: a row of results. ``backward``: with the gradient of all arguments; what is checked then is
+    that of the map."""
+    x, grad, residual = (_map(channels, size, batch, dtype, device) for _ in range(3))
+    vectors = [torch.rand(channels, device=device) + 0.5 for _ in range(4)]
+    if device == "cpu":  # stock batch_norm mixes dtypes on a GPU alone
+        vectors = [v.to(dtype) for v in vectors]
+    tensors = {"none": [x, *vectors[:2]], "residual": [x, *vectors[:2], residual]}
+    tensors["projection"] = [x, *vectors[:2], residual, *vectors[2:]]
+    if shortcut == "residual":  # no sum is so near to 0 that rounding may move a gradient past the ReLU
+        residual.copy_(residual.sign() * 8)
+    projection = shortcut == "projection"
+    stock, fused = batch_norm_relu_ref, batch_norm_relu
+    if projection:
+        stock, fused = batch_norm_relu_projection_ref, batch_norm_relu_projection
+
+    def calling(operator: Callable, leaves: list[Tensor]) -> Callable[[], Tensor]:
+        leaves = [t.detach().requires_grad_(backward) for t in leaves]
+
+        def call() -> Tensor:
+            out = operator(*leaves)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, leaves, grad.to(out.dtype))[0] if backward else out
+
+        return call
+
+    reference = calling(stock, [t.double() for t in tensors[shortcut]])()
+    name = "batch_norm_relu_projection" if projection else "batch_norm_relu"
+    calls = {"torch": calling(stock, tensors[shortcut])} | _our_ways(name, device, calling(fused, tensors[shortcut]))
+    kernel = limits.batch_norm_kernel(channels, size, shortcut, backward)
+    return _row(kernel, calls, lambda out: relative_rms(out, reference), batch, dtype, device)
 
 
 @torch.no_grad()

@@ -87,6 +87,14 @@ def add_relu_kernel(channels: int, size: int) -> Kernel:
     return Kernel("add_relu", "add_relu", 0.0, 3.0 * channels * size**2)
 
 
+def batch_norm_kernel(channels: int, size: int, shortcut: str, backward: bool) -> Kernel:
+    """Batch normalisation in training, with ReLU: maps are read for the statistics and once more, the result is
+    written; then the gradient is read with them for sums and once more, and its own results are written. shortcut:
+    "none", "residual" (not normalised) or "projection"."""
+    forward, behind = {"none": (3, 5), "residual": (4, 6), "projection": (5, 8)}[shortcut]
+    return Kernel("batch_norm", "batch_norm_relu", 0.0, float(forward + behind * backward) * channels * size**2)
+
+
 def max_pool_kernel(channels: int, size: int) -> Kernel:
     """ResNet's, which halves a map of an even size."""
     return _pass("stem", "max_pool", 1.25 * channels * size**2)

@@ -8,7 +8,7 @@ import ctypes
 import gc
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..measure import Timing, interleaved, ratio, ratio_error
 from . import limits
 from .cells import DTYPES, SECONDS_PER_PEER, Cell, images, one_line
 from .kernels import simulated
+from .peers import graphed
 from .results import table
 
 OURS = "resnet_fast"
@@ -29,7 +30,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 @dataclass(frozen=True)
 class Way:
     """One way to train: this package's model or torchvision's, in which layout, with which backend, compiled or not;
-    ``memory``: see `resnet_fast.nn.set_activation_memory`."""
+    ``memory``: see `resnet_fast.nn.set_activation_memory`; ``graphed``: the whole step is a CUDA graph, so that no
+    kernel waits for the CPU."""
 
     name: str
     ours: bool = False
@@ -37,6 +39,7 @@ class Way:
     memory: str = "default"
     backend: str | None = None
     compiled: bool = False
+    graphed: bool = False
 
 
 def ways(device: str) -> dict[str, Way]:
@@ -52,6 +55,8 @@ def ways(device: str) -> dict[str, Way]:
             for memory in ("default", "lean")
         ]
     found += [Way("torch", channels_last=False), Way("torch channels_last"), Way("torch.compile", compiled=True)]
+    if device == "cuda":
+        found += [replace(way, name=f"{way.name}, CUDA graph", graphed=True) for way in found]
     return {way.name: way for way in found}
 
 
@@ -87,6 +92,7 @@ class Training:
         batch = batch or cell.batch
         self.images = images(batch)[:batch].to(cell.device).contiguous(memory_format=layout)
         self.labels = (torch.arange(batch) * 7 % limits.CLASSES).to(cell.device)
+        self._replay: Callable[[], Tensor] | None = None
 
     def forward(self) -> Tensor:
         dtype = DTYPES[self.cell.dtype]
@@ -94,6 +100,15 @@ class Training:
             return F.cross_entropy(self.run(self.images), self.labels)
 
     def step(self) -> Tensor:
+        """The loss. A CUDA graph is captured by the first step."""
+        if self._replay is not None:
+            return self._replay()
+        loss = self._step()
+        if self.way.graphed:
+            self._replay = graphed(self._step)
+        return loss
+
+    def _step(self) -> Tensor:
         with use_backend(self.way.backend):
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.forward()
@@ -157,6 +172,21 @@ def kept_per_image(cell: Cell, way: Way, stock: nn.Module, few: int = 4, many: i
     return (Training(cell, way, stock, many).kept() - Training(cell, way, stock, few).kept()) / (many - few)
 
 
+def largest_batch(cell: Cell, way: Way, stock: nn.Module) -> int:
+    """Images of a step that would fill the GPU's memory, by the peaks of the cell's batch and of half of it."""
+    peaks = []
+    for batch in (cell.batch, cell.batch // 2):
+        training = Training(cell, way, stock, batch)
+        training.step()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        training.step()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    per_image = (peaks[0] - peaks[1]) / (cell.batch - cell.batch // 2)
+    total = torch.cuda.get_device_properties(0).total_memory - before
+    return int((total - (peaks[0] - per_image * cell.batch)) / per_image)
+
+
 def stock_model(name: str) -> nn.Module:
     """Torchvision's, with random weights, always the same; float32, on the CPU."""
     import torchvision
@@ -192,7 +222,7 @@ def run(
             bar(rounds)
             continue
         steps[way.name] = training
-        if cell.device == "cuda":
+        if cell.device == "cuda" and not way.graphed:
             torch.cuda.reset_peak_memory_stats()
             training.step()
             result.peak = torch.cuda.max_memory_allocated()
@@ -202,7 +232,7 @@ def run(
     steps.clear()
     if with_memory:
         for way in chosen:
-            if found[way.name].timing is not None and not way.compiled:
+            if found[way.name].timing is not None and not (way.compiled or way.graphed):
                 with contextlib.suppress(RuntimeError):
                     found[way.name].kept = kept_per_image(cell, way, stock)
     return found

@@ -41,8 +41,8 @@ def packed_bits_size(size: Sequence[int]) -> list[int]:
 def pack_bits(flags: Tensor) -> Tensor:  # [N, C, H, W], bool
     """One bit a flag, pixel by pixel: bit c % 8 of byte c // 8 of [N, H, W, ceil(C / 8)]; what is left is zero."""
     flags = torch.nn.functional.pad(flags.permute(0, 2, 3, 1).to(torch.uint8), (0, -flags.shape[1] % 8))
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (flags.unflatten(-1, (-1, 8)) * places).sum(-1, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (flags.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, channels: int) -> Tensor:  # [N, H, W, ceil(C / 8)], uint8

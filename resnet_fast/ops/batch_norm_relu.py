@@ -14,7 +14,7 @@ from torch import Tensor
 from ..choose import choose
 from .arguments import as_channels_last, empty_channels_last, pack_bits, packed_bits_size, unpack_bits
 from .batch_norm_statistics import check_map, empty_statistics, statistics_kernel, wide_dtype
-from .registration import dispatch, double_backward, register, under_transform
+from .registration import dispatch, dispatch_gradient, double_backward, register, under_transform
 
 
 def batch_norm_ref(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -226,8 +226,8 @@ def _backward(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         # The residual only moves the ReLU's sign, which the mask knows.
         return (*_differentiable(ctx, grad, input, weight, bias, mask), None, None)
-    grads = torch.ops.resnet_fast._batch_norm_relu_backward(
-        grad, input, mean, var, weight, bias, mask if mask.numel() else None, ctx.eps, ctx.relu, needs[3]
+    grads = dispatch_gradient(
+        _backward_op, grad, input, mean, var, weight, bias, mask if mask.numel() else None, ctx.eps, ctx.relu, needs[3]
     )
     of_weight, of_bias = (
         g.to(v.dtype) if v is not None and need else None
@@ -276,6 +276,8 @@ def _backward_kernel(grad, input, mean, var, weight, bias, mask, eps, relu, need
     return backward_kernel(backend, grad, input, norm, mask, relu=relu, needs_residual=needs_residual)[:4]
 
 
+_backward_op = torch.ops.resnet_fast._batch_norm_relu_backward.default
+
 register("_batch_norm_relu_backward", kernel=_backward_kernel, fake=_backward_fake)
 
 
@@ -322,4 +324,4 @@ def batch_norm_relu(
         mean, var = statistics_kernel(input.detach(), "reference")
         with_mask = relu and residual is not None
         return out, pack_bits(~(out <= 0)) if with_mask else empty_mask(input, False), mean, var
-    return dispatch(_op, (input, weight, bias, residual, eps, relu))
+    return dispatch(_op, (input, weight, bias, residual, eps, relu), typed=None)

@@ -19,7 +19,7 @@ from .batch_norm_statistics import empty_statistics
 from .conv2d import backward_kernel as conv_backward_kernel
 from .conv2d import check_conv2d, conv2d_ref, empty_conv_gradients, forward_kernel
 from .conv_bn_relu import Names, cast_conv, conv_pairs
-from .registration import dispatch, double_backward, register, under_transform
+from .registration import dispatch, dispatch_gradient, double_backward, register, under_transform
 
 _NAME = "batch_norm_relu_conv"
 _NAMES = Names(_NAME)
@@ -89,8 +89,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         grads = (*found, grad.sum((0, 2, 3)) if needs[4] else None)
     else:
-        grads = torch.ops.resnet_fast._batch_norm_relu_conv_backward(
-            grad, input, mean, var, bn_weight, bn_bias, weight, *ctx.pairs, ctx.groups, ctx.eps, needs
+        grads = dispatch_gradient(
+            _backward_op, grad, input, mean, var, bn_weight, bn_bias, weight, *ctx.pairs, ctx.groups, ctx.eps, needs
         )
         dtypes = (input, bn_weight, bn_bias, weight, weight)
         grads = [g.to(t.dtype) if need else None for g, t, need in zip(grads, dtypes, needs, strict=True)]
@@ -144,6 +144,8 @@ def _backward_kernel(
     )
 
 
+_backward_op = torch.ops.resnet_fast._batch_norm_relu_conv_backward.default
+
 register("_batch_norm_relu_conv_backward", kernel=_backward_kernel, fake=_backward_fake)
 
 
@@ -196,4 +198,4 @@ def batch_norm_relu_conv(
     geometry = (stride, padding, dilation, groups, eps)
     if under_transform():
         return batch_norm_relu_conv_ref(input, bn_weight, bn_bias, weight, bias, *geometry)
-    return dispatch(_op, (input, mean, var, bn_weight, bn_bias, weight, bias, *geometry))
+    return dispatch(_op, (input, mean, var, bn_weight, bn_bias, weight, bias, *geometry), typed=None)

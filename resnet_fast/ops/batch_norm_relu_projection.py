@@ -23,7 +23,7 @@ from .batch_norm_relu import (
     empty_mask,
 )
 from .batch_norm_statistics import empty_statistics, statistics_kernel
-from .registration import dispatch, double_backward, register, under_transform
+from .registration import dispatch, dispatch_gradient, double_backward, register, under_transform
 
 _NAME = "batch_norm_relu_projection"
 
@@ -85,10 +85,19 @@ def _backward(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, ...]:
             for tensors, asked, eps in branches
         ]
         return (*found[0], *found[1], None, None)
-    of_input, of_weight, of_bias, of_shortcut, of_shortcut_weight = (
-        torch.ops.resnet_fast._batch_norm_relu_projection_backward(
-            grad, input, mean, var, weight, shortcut, shortcut_mean, shortcut_var, shortcut_weight, mask, *ctx.eps
-        )
+    of_input, of_weight, of_bias, of_shortcut, of_shortcut_weight = dispatch_gradient(
+        _backward_op,
+        grad,
+        input,
+        mean,
+        var,
+        weight,
+        shortcut,
+        shortcut_mean,
+        shortcut_var,
+        shortcut_weight,
+        mask,
+        *ctx.eps,
     )
     grads = (of_input, of_weight, of_bias, of_shortcut, of_shortcut_weight, of_bias)
     found = (
@@ -126,6 +135,8 @@ def _backward_kernel(
     shortcut_norm = Norm(shortcut_mean, shortcut_var, shortcut_weight, None, shortcut_eps)
     return backward_kernel(backend, grad, input, norm, mask, shortcut, shortcut_norm)
 
+
+_backward_op = torch.ops.resnet_fast._batch_norm_relu_projection_backward.default
 
 register("_batch_norm_relu_projection_backward", kernel=_backward_kernel, fake=_backward_fake)
 
@@ -175,4 +186,4 @@ def batch_norm_relu_projection(
             *statistics_kernel(shortcut.detach(), "reference"),
         )
         return out, pack_bits(~(out <= 0)), *statistics
-    return dispatch(_op, args)
+    return dispatch(_op, args, typed=None)

@@ -16,7 +16,7 @@ from ..choose import choose
 from .arguments import as_channels_last, empty_channels_last
 from .batch_norm_relu import Norm, apply_kernel
 from .conv_bn_relu import Names, cast_conv, check_conv_args, conv_pairs
-from .registration import dispatch, double_backward, register, under_transform
+from .registration import dispatch, dispatch_gradient, double_backward, register, under_transform
 
 _NAMES = Names("conv2d")
 
@@ -115,7 +115,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
             lambda x, w: conv2d_ref(x, w, None, *ctx.pairs, ctx.groups), (input, weight), needs[:2], grad
         )
         return (*found, grad.sum((0, 2, 3)) if needs[2] else None, *[None] * 4)
-    grads = torch.ops.resnet_fast._conv2d_backward(grad, input, weight, *ctx.pairs, ctx.groups, needs)
+    grads = dispatch_gradient(_backward_op, grad, input, weight, *ctx.pairs, ctx.groups, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 4)
 
 
@@ -151,6 +151,8 @@ def _backward_kernel(grad, input, weight, stride, padding, dilation, groups, nee
     return backward_kernel(backend, grad, input, weight, [stride, padding, dilation], groups, needs)
 
 
+_backward_op = torch.ops.resnet_fast._conv2d_backward.default
+
 register("_conv2d_backward", kernel=_backward_kernel, fake=_backward_fake)
 
 
@@ -183,4 +185,4 @@ def conv2d(
         RuntimeError: an argument breaks a rule above, or a backend forced by `resnet_fast.use_backend` cannot run it.
     """
     args = (input, weight, bias, stride, padding, dilation, groups)
-    return conv2d_ref(*args) if under_transform() else dispatch(_op, args)
+    return conv2d_ref(*args) if under_transform() else dispatch(_op, args, typed=None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..choose import choose
 from .arguments import as_channels_last, empty_channels_last
 from .max_pool import check_max_pool, pool_pairs
-from .registration import dispatch, register, under_transform
+from .registration import dispatch, dispatch_gradient, register, under_transform
 
 _NAME = "max_pool_with_indices"
 MOST_TAPS = 256  # that 8 bits can tell apart
@@ -123,7 +123,7 @@ def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         found = _scattered(grad, indices, ctx.size, ctx.pairs)
     else:
-        found = torch.ops.resnet_fast._max_pool_backward(grad, indices, *ctx.pairs, ctx.size[2:])
+        found = dispatch_gradient(_backward_op, grad, indices, *ctx.pairs, ctx.size[2:])
     return (found, *[None] * 5)
 
 
@@ -160,6 +160,8 @@ def _backward_kernel(grad, indices, kernel_size, stride, padding, dilation, inpu
     return as_channels_last(_scattered(wide, indices, size, pairs).to(grad.dtype))
 
 
+_backward_op = torch.ops.resnet_fast._max_pool_backward.default
+
 register("_max_pool_backward", kernel=_backward_kernel, fake=_backward_fake)
 
 
@@ -189,4 +191,4 @@ def max_pool_with_indices(
         RuntimeError: an argument breaks a rule above, or a backend forced by `resnet_fast.use_backend` cannot run it.
     """
     args = (input, kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
-    return max_pool_with_indices_ref(*args) if under_transform() else dispatch(_op, args)
+    return max_pool_with_indices_ref(*args) if under_transform() else dispatch(_op, args, typed=None)

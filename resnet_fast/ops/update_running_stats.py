@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registration import library
+from .registration import dispatch, register, under_transform
 
 
 def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
@@ -27,14 +27,14 @@ def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor,
 
 def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
     _check(running_mean, running_var, mean, var, momentum, count)
-    # In the wider of both dtypes; the weight of a 16-bit buffer is rounded once, in the store.
-    running_mean.copy_(running_mean.to(mean.dtype) * (1 - momentum) + mean * momentum)
-    running_var.copy_(running_var.to(var.dtype) * (1 - momentum) + var * (momentum * count / (count - 1)))
+    for running, new, share in ((running_mean, mean, momentum), (running_var, var, momentum * count / (count - 1))):
+        if running.dtype == new.dtype:
+            running.mul_(1 - momentum).add_(new, alpha=share)
+        else:  # in the wider of both dtypes; what is kept of a 16-bit buffer is rounded once, in the store
+            running.copy_(running.to(new.dtype) * (1 - momentum) + new * share)
 
 
-for _key in ("CPU", "CUDA"):
-    library.impl("update_running_stats_", _update, _key)
-torch.library.register_fake("resnet_fast::update_running_stats_", _check, lib=library)
+register("update_running_stats_", kernel=_update, fake=_check)
 
 _op = torch.ops.resnet_fast.update_running_stats_.default
 
@@ -55,5 +55,6 @@ def update_running_stats_(
     Raises:
         RuntimeError: shapes, dtypes or devices differ, or count is too small.
     """
+    args = (running_mean, running_var, mean, var, momentum, count)
     with torch.no_grad():
-        _op(running_mean, running_var, mean, var, momentum, count)
+        _op(*args) if under_transform() else dispatch(_op, args, typed=None)
