@@ -39,9 +39,9 @@ from .nn.fused import (
     conv_bn,
     conv_bn_max_pool,
     is_plain_tensor,
-    may_avg_pool,
     may_fuse_input,
     may_max_pool,
+    may_pool,
     uses_batch_statistics,
     why_plain_avg_pool,
     why_plain_conv_bn,
@@ -110,7 +110,9 @@ class ResNet(tv.ResNet):
                     return max_pool(out, self.maxpool) if self.why_plain_max_pool() is None else self.maxpool(out)
                 if self.why_plain_max_pool() is None and may_max_pool(x):
                     return conv_bn_max_pool(x, self.conv1, self.bn1, self.maxpool)
-                return self.maxpool(conv_bn(x, self.conv1, self.bn1))
+                out = conv_bn(x, self.conv1, self.bn1)
+                ours = self.why_plain_max_pool() is None and may_pool("max_pool", out)
+                return max_pool(out, self.maxpool) if ours else self.maxpool(out)
         return self._plain_stem(x)
 
     def _plain_stem(self, x: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class ResNet(tv.ResNet):
     def _average(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if is_plain_tensor(x) and not self.training:
-                if why_plain_avg_pool("avgpool", self.avgpool) is None and may_avg_pool(x):
+                if why_plain_avg_pool("avgpool", self.avgpool) is None and may_pool("avg_pool_flatten", x):
                     return avg_pool_flatten(x)
         return torch.flatten(self.avgpool(x), 1)
 

@@ -124,25 +124,34 @@ __device__ void combine_rows(float (&values)[count], const P& part, float* share
   }
 }
 
-// A block of the kernels that add up the chunks' partial results has 8 channels (32 bytes of a chunk) and 32 rows, each
-// of which takes every 32nd chunk: loads of one address after the other would take as long as the map itself.
-constexpr int sum_channels = 8, sum_rows = block_size / sum_channels;
+// A block of the kernels that add up the chunks' partial results has 8 channels (32 bytes of a chunk) and 128 rows,
+// each of which takes every 128th chunk, all of them at once: loads of one address after the other would take as long
+// as a small map itself.
+constexpr int sum_block = 1024, sum_channels = 8, sum_rows = sum_block / sum_channels, sum_parts = 4;
 
-// The sum of what the rows have, in their order, in the first row. In float64, as all sums of chunks.
+// The sum of what the rows have, in an order of their own, in the first row. In float64, as all sums of chunks.
 __device__ inline double add_rows(double value) {
   double* shared = reinterpret_cast<double*>(dynamic_shared());  // [sum_rows, sum_channels]
+  constexpr int part = sum_block / sum_parts;
   store_shared(shared + threadIdx.x, value);
+  __syncthreads();
+  if (threadIdx.x < part) {
+    for (int i = 1; i < sum_parts; ++i) value += load_shared<double>(shared + threadIdx.x + i * part);
+    store_shared(shared + threadIdx.x, value);
+  }
   __syncthreads();
   double sum = 0;
   if (threadIdx.x < sum_channels)
-    for (int row = 0; row < sum_rows; ++row) sum += load_shared<double>(shared + row * sum_channels + threadIdx.x);
+#pragma unroll 8
+    for (int row = 0; row < sum_rows / sum_parts; ++row)
+      sum += load_shared<double>(shared + row * sum_channels + threadIdx.x);
   __syncthreads();  // before the next value overwrites this one
   return sum;
 }
 
 template <auto kernel, typename Arguments>
 int launch_sum(int64_t channels, const Arguments& arguments, cudaStream_t stream) {
-  return launch<kernel>(unsigned((channels + sum_channels - 1) / sum_channels), block_size, block_size * sizeof(double),
+  return launch<kernel>(unsigned((channels + sum_channels - 1) / sum_channels), sum_block, sum_block * sizeof(double),
                         stream, arguments);
 }
 

@@ -5,7 +5,8 @@
 namespace resnet_fast {
 namespace {
 
-constexpr int unroll = 4;
+// With 4 words in flight the 64 registers would spill that let 4 blocks on a multiprocessor.
+constexpr int unroll = 2, least_blocks = 4;
 
 // The bits of the lanes that share a byte of the mask, in the first of them.
 template <int per_word>
@@ -28,28 +29,29 @@ __device__ void store_mask(uint8_t* mask, const uint32_t (&bits)[unroll], const 
   }
 }
 
-template <typename T, typename W>
-__global__ void __launch_bounds__(block_size) batch_norm_relu_kernel(const __grid_constant__ BatchNormRelu m) {
+template <typename T, typename W, bool has_residual>
+__global__ void __launch_bounds__(block_size, least_blocks)
+    batch_norm_relu_kernel(const __grid_constant__ BatchNormRelu m) {
   const Part<T, W, unroll> part(m.map, true);
   part.each_channel([&](int place, int c) {
     put_affine(0, place, affine_of(m.norm, c));
-    if (m.residual) put_affine(3, place, affine_of(m.residual_norm, c));
+    if constexpr (has_residual) put_affine(3, place, affine_of(m.residual_norm, c));
   });
   __syncthreads();
 
   part.each([&](int pixel) {
-    Elements<T, W> x[unroll], residual[unroll];
+    Elements<T, W> x[unroll], residual[has_residual ? unroll : 1];
     part.load(x, m.x, pixel);
-    if (m.residual) part.load(residual, m.residual, pixel);
+    if constexpr (has_residual) part.load(residual, m.residual, pixel);
     uint32_t bits[unroll] = {};
 #pragma unroll
     for (int e = 0; e < part.per_word; ++e) {
       const Affine norm = get_affine(0, part.place(e));
-      const Affine residual_norm = m.residual ? get_affine(3, part.place(e)) : Affine{};
+      const Affine residual_norm = has_residual ? get_affine(3, part.place(e)) : Affine{};
 #pragma unroll
       for (int u = 0; u < unroll; ++u) {
         float y = norm(to_float(x[u].values[e]));
-        if (m.residual) y += residual_norm(to_float(residual[u].values[e]));
+        if constexpr (has_residual) y += residual_norm(to_float(residual[u].values[e]));
         const T stored = from_float<T>(y);
         bits[u] |= uint32_t(passes(stored)) << e;
         x[u].values[e] = m.relu ? from_float<T>(relu(to_float(stored))) : stored;
@@ -67,9 +69,12 @@ int launch_batch_norm_relu(const BatchNormRelu& norm, void* stream) {
   return with_type_and_word(norm.map, bits, [&](const NormMap& map, unsigned blocks, auto value, auto word) {
     BatchNormRelu m = norm;
     m.map = map;
-    const size_t shared = (norm.residual ? 6 : 3) * block_size * sizeof(float);
-    return launch<batch_norm_relu_kernel<decltype(value), decltype(word)>>(blocks, block_size, shared,
-                                                                           static_cast<cudaStream_t>(stream), m);
+    using T = decltype(value);
+    using W = decltype(word);
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const size_t affine = 3 * block_size * sizeof(float);
+    return norm.residual ? launch<batch_norm_relu_kernel<T, W, true>>(blocks, block_size, 2 * affine, s, m)
+                         : launch<batch_norm_relu_kernel<T, W, false>>(blocks, block_size, affine, s, m);
   });
 }
 

@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(block_size)
     m.partial[(part.chunk * count + i / per_word) * m.map.channels + part.channel(i % per_word)] = sums[i];
 }
 
-__global__ void __launch_bounds__(block_size) batch_norm_relu_add_sums_kernel(const BatchNormReluBackward m) {
+__global__ void __launch_bounds__(sum_block) batch_norm_relu_add_sums_kernel(const BatchNormReluBackward m) {
   const NormMap& map = m.map;
   const int c = int(blockIdx.x) * sum_channels + threadIdx.x % sum_channels;
   const int64_t chunks = (map.pixels + map.chunk - 1) / map.chunk;
   const int count = m.shortcut ? 3 : 2;
   double sums[3] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t i = c < map.channels ? threadIdx.x / sum_channels : chunks; i < chunks; i += sum_rows)
 #pragma unroll
     for (int k = 0; k < 3; ++k)

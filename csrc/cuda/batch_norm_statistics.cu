@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(block_size) batch_norm_moments_kernel(const __
 }
 
 // The chunks' means and squares in one: sums of n m and of squares + n m^2, m relative to the map's first pixel.
-__global__ void __launch_bounds__(block_size) batch_norm_mean_var_kernel(const BatchNormStatistics m) {
+__global__ void __launch_bounds__(sum_block) batch_norm_mean_var_kernel(const BatchNormStatistics m) {
   const NormMap& map = m.map;
   const int64_t c = int64_t(blockIdx.x) * sum_channels + threadIdx.x % sum_channels;
   const int64_t chunks = (map.pixels + map.chunk - 1) / map.chunk;
   const double origin = c < map.channels ? m.partial[c] : 0;
   double sum = 0, squares = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t i = c < map.channels ? threadIdx.x / sum_channels : chunks; i < chunks; i += sum_rows) {
     const float* at = m.partial + i * 3 * map.channels + c;
     const double n = double(min(map.chunk, map.pixels - i * map.chunk));
@@ -102,8 +102,10 @@ NormMap split_map(Type type, int64_t pixels, int64_t channels) {
   const int64_t words = (channels * (type == Type::float32 ? 4 : 2) + 15) / 16;
   int64_t lanes = 1;
   while (lanes < words && lanes < most_lanes) lanes *= 2;
-  // About 1024 blocks, which fill the largest GPUs; but a thread shall have `unroll` pixels.
-  const int64_t tiles = (words + lanes - 1) / lanes, chunks = tiles < 1024 ? 1024 / tiles : 1;
+  // 12 blocks for each of an H100's 132 multiprocessors, which take 3, 4 or 6 at a time: they all end with the last
+  // ones. But a thread shall have `unroll` pixels.
+  constexpr int64_t blocks = 12 * 132;
+  const int64_t tiles = (words + lanes - 1) / lanes, chunks = tiles < blocks ? blocks / tiles : 1;
   const int64_t step = block_size / lanes * unroll;
   return {type, pixels, channels, ((pixels + chunks - 1) / chunks + step - 1) / step * step, 0};
 }

@@ -207,11 +207,12 @@ def may_max_pool(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and fused_backend("conv_bn_relu_max_pool", x.device.type, x.dtype)
 
 
-def may_avg_pool(x: Tensor) -> bool:
-    """Whether the average pooling of this plain tensor may be ours; with a gradient it is torch's, to the last bit."""
+def may_pool(operator: str, x: Tensor) -> bool:
+    """Whether max_pool or avg_pool_flatten of this plain tensor may be ours; with a gradient they are torch's, to the
+    last bit."""
     if torch.is_grad_enabled() or _may_not_fuse(x):
         return False
-    return fused_backend("avg_pool_flatten", x.device.type, x.dtype)
+    return fused_backend(operator, x.device.type, x.dtype)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:

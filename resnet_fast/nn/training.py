@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.batch_norm_relu import check_batch
+from ..ops.conv2d import FEW_CHANNELS
 from ..ops.max_pool_with_indices import MOST_TAPS
 from .fused import is_conv_bn
 
@@ -62,7 +63,7 @@ class Raw(NamedTuple):
 
 def conv(x: Tensor, module: nn.Conv2d) -> Raw:
     """module(x); x [N, C, H, W]."""
-    return _raw(ops.conv2d if x.is_cpu else _cudnn_conv, (x,), module)
+    return _raw(ops.conv2d if x.is_cpu or x.shape[1] <= FEW_CHANNELS else _cudnn_conv, (x,), module)
 
 
 def _cudnn_conv(*args) -> Tensor:

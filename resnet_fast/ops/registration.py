@@ -94,7 +94,7 @@ def dispatch(op: Any, args: tuple, typed: bool | None = False) -> Any:
     direct = typed and _only_the_kernel_is_left(args)
     if direct and torch._C._is_any_autocast_enabled():
         device_type = args[0].device.type
-        if torch.is_autocast_enabled(device_type):
+        if op in _autocasts and torch.is_autocast_enabled(device_type):
             args = _autocasts[op](device_type, *args)
     if torch.is_grad_enabled():
         return _differentiable[op].apply(*args) if direct else op(*args)
