@@ -79,7 +79,7 @@ def test_it_ends_with_a_short_table_and_a_report(campaign):
     last = text.strip().splitlines()
     assert last[-1].endswith("REPORT.md") and any(ln.startswith("worst") and "of its" in ln for ln in last)
     page = (out / "REPORT.md").read_text()
-    for title in ("## Whole models", "## Single layers", "## Ways to run our models", "## Training steps"):
+    for title in ("## Whole models", "## Single layers", "## Ways to run our models", "## Training"):
         assert title in page
 
 

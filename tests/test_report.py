@@ -47,7 +47,14 @@ def results(tmp_path):
         {"step": "kernels", "name": "5x5", "error_message": "RuntimeError: no"},
         {"step": "tune", "name": "1x1", "ms": {"best": 1.0}, "entry": "of one layer"},
         {"step": "tune", "name": "sm_90, pointwise", "ms": {"now": 3.0, "best": 2.0}, "entry": "best", "subjects": 2},
-        {"step": "train", "name": "resnet18, ours", "ms": 100.0, "img_s": 80.0, "peak_gb": 1.5},
+        {"step": "train", "name": "resnet18, batch 8, bfloat16, resnet_fast", "ms": 100.0, "img_s": 80.0},
+        {
+            "step": "train",
+            "name": "resnet18, batch 8, bfloat16, torch, CUDA graph",
+            "ms": 130.0,
+            "img_s": 61.5,
+            "largest_batch": 1234,
+        },
     ]
     ways = (
         ("ours_cpu", 1, 0.002),
@@ -72,7 +79,8 @@ def test_page(results):
     assert "- openvino: computes in float32 (float32, batch 1)" in text
     assert "- ncnn: absent: ncnn not installed" in text
     assert text.index("1. 1x1 slow: 0.20") < text.index("2. add_relu 64@56: 0.40") < text.index("3. 3x3 fast: 0.80")
-    assert "| resnet18, ours | 100 | 80 | 1.50 |" in text
+    row = "| resnet18, bfloat16, batch 8 | **100 (1.00)** | 130 (1.30), at most 1,234 images |"
+    assert row in text and "|  | resnet_fast | torch, CUDA graph |" in text
     assert "| sm_90, pointwise | `best` | 2 | 3 |" in text and "of one layer" not in text
     assert "|  | batch 1 | batch 8 |" in text and "| stem, forward, float32 | 2 (1.50 / 0.50) | 16 |" in text
     assert "- kernels, 5x5: RuntimeError: no" in text

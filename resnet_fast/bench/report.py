@@ -50,6 +50,7 @@ class Folder:
         self.training: dict = json.loads(self._read("training.json") or '{"cells": []}')
         rows = [json.loads(line) for line in self._read("campaign.jsonl").splitlines()]
         self.rows = [row for row in rows if "error_message" not in row]
+        self.training["cells"] += training_cells(self.step("train"))
         self.failures = [row for row in rows if "error_message" in row]
 
     def _read(self, name: str) -> str:
@@ -124,8 +125,27 @@ def peers_table(cells: Sequence[dict]) -> str:
 
 TRAINING = (
     "Training steps (forward, cross entropy, backward, SGD with momentum; 16 bits under autocast): median milliseconds "
-    "(time over ours), and the megabytes of feature maps an image that wait for the backward pass (of torch's)."
+    "(time over ours), the megabytes of feature maps an image that wait for the backward pass (of torch's), and the "
+    "largest batch that a GPU's memory has room for, by the peaks of two."
 )
+
+
+def training_cells(rows: Sequence[dict]) -> list[dict]:
+    """A campaign's rows of training steps as the cells of training.json."""
+    cells: dict[str, dict] = {}
+    for row in rows:
+        model, batch, dtype, way = row["name"].split(", ", 3)
+        key = f"{model}, {batch}, {dtype}"
+        head = {"model": model, "batch": int(batch.removeprefix("batch ")), "dtype": dtype}
+        cell = cells.setdefault(key, head | {"train": True, "peers": {}})
+        kept = 1e6 * row["kept_mb_per_image"] if "kept_mb_per_image" in row else None
+        facts = {"median_ms": row["ms"], "images_per_s": row["img_s"], "kept_bytes_per_image": kept}
+        cell["peers"][way] = facts | {"largest_batch": row.get("largest_batch")}
+    for cell in cells.values():
+        ours = cell["peers"].get(OURS)
+        for way in cell["peers"].values() if ours else ():
+            way["time_over_ours"] = way["median_ms"] / ours["median_ms"]
+    return list(cells.values())
 
 
 def training_table(cells: Sequence[dict]) -> str:
@@ -141,7 +161,8 @@ def training_table(cells: Sequence[dict]) -> str:
             found = _time_of(way, way.get("median_ms") == fastest)
             kept = way.get("kept_bytes_per_image")
             share = f" ({kept / torchs:.2f})" if kept and torchs else ""
-            return found + (f", {kept / 1e6:.1f} MB{share}" if kept else "")
+            largest = f", at most {way['largest_batch']:,} images" if way.get("largest_batch") else ""
+            return found + (f", {kept / 1e6:.1f} MB{share}" if kept else "") + largest
 
         title = f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}"
         rows.append((title, *(text(ways[name]) if name in ways else "" for name in names)))
@@ -319,13 +340,9 @@ def page(folder: Folder) -> str:
                  for i, r in enumerate(rows[:WORST], 1)]  # fmt: skip
         parts += ["## Single layers", f"The {len(worst)} farthest from their bound:", "\n".join(worst),
                   "![roofline](roofline.svg)", kernels_table(rows)]  # fmt: skip
-    for step, title in (("models", "Ways to run our models"), ("train", "Training steps")):
-        if found := [row for row in folder.step(step) if "ms" in row]:
-            lines = [("", "ms", "images/s", "peak GB")]
-            for r in found:
-                memory = f"{r['peak_gb']:.2f}" if r.get("peak_gb") else ""
-                lines.append((r["name"], f"{r['ms']:.4g}", f"{r['img_s']:,.4g}", memory))
-            parts += [f"## {title}", markdown(lines)]
+    if found := [row for row in folder.step("models") if "ms" in row]:
+        lines = [("", "ms", "images/s")] + [(r["name"], f"{r['ms']:.4g}", f"{r['img_s']:,.4g}") for r in found]
+        parts += ["## Ways to run our models", markdown(lines)]
     if found := [row for row in folder.step("tune") if "subjects" in row]:
         parts += ["## Tiles", TILES, tiles_table(found)]
     if folder.failures:
@@ -353,7 +370,7 @@ def write(path: Path, plot: bool = True) -> Folder:
 
 def folders(results: Path) -> list[Path]:
     """The folders of results, each a device's."""
-    named = ("peers.json", "cpu_layers.json", "training.json")
+    named = ("peers.json", "cpu_layers.json", "training.json", "campaign.jsonl")
     return sorted(path for path in results.iterdir() if any((path / name).exists() for name in named))
 
 
