@@ -73,8 +73,10 @@ def _run(
     geometry: Geometry,
     norm: Tensor | None = None,
     turned: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The convolution; ``turned``: that of the input's gradient, whose ``input`` is the output's gradient."""
+    """The convolution; ``turned``: that of the input's gradient, whose ``input`` is the output's gradient; residual:
+    added by the kernel "gemm"."""
     if kernel.name == "onednn":
         return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
     filters = weight.shape[1] if turned else weight.shape[0]
@@ -86,7 +88,7 @@ def _run(
         packed = pack_weight(full.contiguous(), kernel, geometry)
         out, finite = _winograd_stem(input, packed, bias, geometry.padding, False)
     else:
-        return _run_direct(kernel, input, full, bias, geometry, norm, turned)
+        return _run_direct(kernel, input, full, bias, geometry, norm, turned, residual)
     if finite:
         return out
     if norm is not None:
@@ -116,6 +118,7 @@ def _run_direct(
     geometry: Geometry,
     norm: Tensor | None,
     turned: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     if max(geometry.padding) > 0 and not _all_finite(
         weight
@@ -123,7 +126,7 @@ def _run_direct(
         return _run_torch(input, _turned(weight) if turned else weight, bias, geometry)
     if kernel.name == "gemm":
         packed = _pack_gemm(weight, geometry.groups, kernel.bfloat16, turned, True)
-        return _gemm(input, packed, bias, None, *geometry, False, norm)
+        return _gemm(input, packed, bias, residual, *geometry, False, norm)
     packed = pack_weight(weight.contiguous(), kernel, geometry)
     if kernel.name == "depthwise":
         return _depthwise(input, packed, bias, None, *geometry[:3], False)
@@ -169,13 +172,49 @@ def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geome
     return found.contiguous(memory_format=torch.channels_last)
 
 
-def _convolved_back(grad: Tensor, weight: Tensor, size: Sequence[int], padding: list[int]) -> Tensor | None:
-    """The gradient of ``size`` as a convolution of the output's gradient with the filters turned around; None where
-    neither Winograd nor GEMM is chosen for it."""
+def _convolved_back(
+    grad: Tensor, weight: Tensor, size: Sequence[int], padding: list[int], to: Tensor | None = None
+) -> Tensor | None:
+    """``to`` and the gradient of ``size``, as a convolution of the output's gradient with the filters turned around;
+    None where neither Winograd nor GEMM is chosen for it."""
     back = Geometry([1, 1], padding, [1, 1], 1)
     turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
-    kernel = choose_conv_on_cpu(grad.shape, turned, size, *back, False, grad.dtype, True)
-    return _run(kernel, grad, weight, None, back, turned=True) if kernel.name in ("gemm", "winograd") else None
+    kernel = choose_conv_on_cpu(grad.shape, turned, size, *back, to is not None, grad.dtype, True)
+    if kernel.name == "gemm":
+        return _run(kernel, grad, weight, None, back, turned=True, residual=to)
+    if kernel.name != "winograd":
+        return None
+    found = _run(kernel, grad, weight, None, back, turned=True)
+    return found if to is None else found.add_(to)
+
+
+def add_input_gradient_cpu(
+    to: Tensor | None,  # [N, C, H, W]
+    grad: Tensor,  # [N, K, P, Q]
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    overwrites: bool,
+) -> Tensor:
+    """``to`` and the convolution's gradient of input, in one pass over the sum where the kernel can; ``overwrites``:
+    ``to`` may be the result."""
+    geometry = Geometry(stride, padding, dilation, groups)
+    if to is None:
+        return _input_gradient(grad, input, weight, geometry)
+    if _is_pointwise(weight, geometry) and dilation == [1, 1]:
+        found = _convolved_back(
+            grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0], to if max(stride) == 1 else None
+        )
+        if found is not None and max(stride) > 1:
+            out = to if overwrites else to.clone()
+            out[:, :, :: stride[0], :: stride[1]] += found
+            return out
+        if found is not None:
+            return found
+    return _input_gradient(grad, input, weight, geometry).add_(to)
 
 
 def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, norm: Norm | None) -> Tensor:

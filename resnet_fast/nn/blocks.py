@@ -19,7 +19,7 @@ from .fused import (
     why_plain_projection,
     why_plain_relu,
 )
-from .training import conv, norm_conv, norm_shortcut
+from .training import fork, norm_conv, norm_shortcut
 
 
 def _as_plain(forward: Callable) -> Callable:
@@ -64,9 +64,9 @@ class BasicBlock(tv.BasicBlock):
         return conv_bn_shortcut(out, self.conv2, self.bn2, x, self.downsample)
 
     def _fused_training(self, x: Tensor) -> Tensor:
-        out = conv(x, self.conv1)
+        out, shortcut = fork(x, self.conv1, self.downsample)
         out = norm_conv(out, self.bn1, self.conv2)
-        return norm_shortcut(out, self.bn2, x, self.downsample, self.activation_memory, widens=False)
+        return norm_shortcut(out, self.bn2, shortcut, self.downsample, self.activation_memory, widens=False)
 
 
 class Bottleneck(tv.Bottleneck):
@@ -104,7 +104,7 @@ class Bottleneck(tv.Bottleneck):
         return conv_bn_shortcut(out, self.conv3, self.bn3, x, self.downsample)
 
     def _fused_training(self, x: Tensor) -> Tensor:
-        out = conv(x, self.conv1)
+        out, shortcut = fork(x, self.conv1, self.downsample)
         out = norm_conv(out, self.bn1, self.conv2)
         out = norm_conv(out, self.bn2, self.conv3)
-        return norm_shortcut(out, self.bn3, x, self.downsample, self.activation_memory, widens=True)
+        return norm_shortcut(out, self.bn3, shortcut, self.downsample, self.activation_memory, widens=True)

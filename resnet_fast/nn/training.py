@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.batch_norm_relu import check_batch
 from ..ops.conv2d import FEW_CHANNELS
+from ..ops.conv2d_fork import Convolution, conv2d_fork
 from ..ops.max_pool_with_indices import MOST_TAPS
 from .fused import is_conv_bn
 
@@ -66,6 +67,22 @@ def conv(x: Tensor, module: nn.Conv2d) -> Raw:
     return _raw(ops.conv2d if x.is_cpu or x.shape[1] <= FEW_CHANNELS else _cudnn_conv, (x,), module)
 
 
+def fork(x: Tensor, module: nn.Conv2d, other: nn.Module | None) -> tuple[Raw, Tensor | Raw]:
+    """What a block begins with: module(x), and for its shortcut x itself or, of a convolution with a normalisation,
+    what that convolution makes of x. The gradients of both are added up in a kernel's store."""
+    projects = is_conv_bn(other)
+    if not x.is_cpu:
+        return conv(x, module), conv(x, other[0]) if projects else x
+    found = conv2d_fork(x, _convolution(module), _convolution(other[0]) if projects else None)
+    out = _raw_of(found[0], ops.conv2d, (x,), module)
+    return out, _raw_of(found[1], ops.conv2d, (x,), other[0]) if projects else found[1]
+
+
+def _convolution(module: nn.Conv2d) -> Convolution:
+    parameters, geometry = module._parameters, (module.stride, module.padding, module.dilation, module.groups)
+    return Convolution(parameters["weight"], parameters["bias"], *geometry)
+
+
 def _cudnn_conv(*args) -> Tensor:
     """What ops.conv2d runs on CUDA, without what an operator in Python costs: 60 us of an H200's slow host."""
     return ops.conv2d_ref(*args).contiguous(memory_format=torch.channels_last)
@@ -83,10 +100,12 @@ def norm_conv(raw: Raw, bn: nn.BatchNorm2d, module: nn.Conv2d) -> Raw:
 
 
 def _raw(operator: Callable[..., Tensor], inputs: tuple, module: nn.Conv2d, *eps: float) -> Raw:
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    geometry = (module.stride, module.padding, module.dilation, module.groups, *eps)
-    out = operator(*inputs, weight, bias, *geometry)
-    return Raw(out, partial(_again, operator, inputs, weight, weight._version, bias, geometry, out.dtype))
+    return _raw_of(operator(*inputs, *_convolution(module), *eps), operator, inputs, module, *eps)
+
+
+def _raw_of(out: Tensor, operator: Callable[..., Tensor], inputs: tuple, module: nn.Conv2d, *eps: float) -> Raw:
+    weight, bias, *geometry = _convolution(module)
+    return Raw(out, partial(_again, operator, inputs, weight, weight._version, bias, (*geometry, *eps), out.dtype))
 
 
 @torch.no_grad()
@@ -114,14 +133,14 @@ def norm(raw: Raw, bn: nn.BatchNorm2d, residual: Tensor | None = None, lean: boo
 
 
 def norm_shortcut(
-    raw: Raw, bn: nn.BatchNorm2d, shortcut: Tensor, downsample: nn.Module | None, memory: str, widens: bool
+    raw: Raw, bn: nn.BatchNorm2d, shortcut: Tensor | Raw, downsample: nn.Module | None, memory: str, widens: bool
 ) -> Tensor:
-    """relu(bn(raw) + downsample(shortcut)), the end of a block, with whatever module stands in its shortcut, or none.
+    """relu(bn(raw) + the shortcut of `fork`), the end of a block, with whatever module stands in its shortcut, or none.
     `why_plain_projection` has said that it may. ``widens``: whether raw comes from a 1x1 convolution."""
     lean = memory == "lean"
-    if not is_conv_bn(downsample):
+    if not isinstance(shortcut, Raw):
         return norm(raw, bn, shortcut if downsample is None else downsample(shortcut), lean and widens)
-    other, other_bn = conv(shortcut, downsample[0]), downsample[1]
+    other, other_bn = shortcut, downsample[1]
     affine, other_affine = bn._parameters, other_bn._parameters
     with _forgetting(lean, other, *([raw] if widens else [])):
         out, _, *statistics = ops.batch_norm_relu_projection(

@@ -108,6 +108,26 @@ def backward_kernel(
     return as_channels_last(of_input) if needs[0] else empty, of_weight, of_bias
 
 
+def add_input_gradient(
+    backend: str,
+    to: Tensor | None,  # [N, C, H, W]
+    grad: Tensor,  # [N, K, P, Q]
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    pairs: list,
+    groups: int,
+    overwrites: bool,
+) -> Tensor:
+    """``to`` and the convolution's gradient of input added up, on one backend. ``overwrites``: ``to`` may be the
+    result."""
+    if backend == "cpu" and 0 not in grad.shape:
+        from ..kernels.conv_training import add_input_gradient_cpu
+
+        return add_input_gradient_cpu(to, grad, input, weight, *pairs, groups, overwrites)
+    found = backward_kernel(backend, grad, input, weight, pairs, groups, (True, False, False))[0]
+    return found if to is None else found.add_(to)
+
+
 def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int) -> Tensor:
     pairs = conv_pairs(stride, padding, dilation, _NAMES)
     size = check_conv2d(input, weight, bias, pairs, groups)

@@ -70,7 +70,7 @@ def _function(name: str, kernel: Callable, setup: Callable, gradient: Callable) 
     """The operator for autograd without the dispatcher."""
 
     def forward(ctx, *args: Any) -> Any:
-        with _below():
+        with below_autograd():
             out = kernel(*args)
         setup(ctx, args, out)
         return out
@@ -89,27 +89,37 @@ def dispatch(op: Any, args: tuple, typed: bool | None = False) -> Any:
     """
     if torch.compiler.is_compiling():
         return op(*args)
-    if typed is None:
-        typed = _is_typed(args)
-    direct = typed and _only_the_kernel_is_left(args)
-    if direct and torch._C._is_any_autocast_enabled():
-        device_type = args[0].device.type
-        if op in _autocasts and torch.is_autocast_enabled(device_type):
-            args = _autocasts[op](device_type, *args)
+    direct = (_is_typed(args) if typed is None else typed) and _only_the_kernel_is_left(args)
+    if direct:
+        args = cast_for_autocast(op, args)
     if torch.is_grad_enabled():
         return _differentiable[op].apply(*args) if direct else op(*args)
     if not direct:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    with _below():
+    with below_autograd():
         return _kernels[op](*args)
+
+
+def is_direct(args: tuple) -> bool:
+    """Whether `dispatch` would go past the dispatcher with these arguments, types and all."""
+    return not torch.compiler.is_compiling() and _is_typed(args) and _only_the_kernel_is_left(args)
+
+
+def cast_for_autocast(op: Any, args: tuple) -> tuple:
+    """The operator's arguments, cast if autocast is on."""
+    if torch._C._is_any_autocast_enabled() and op in _autocasts:
+        device_type = args[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            return _autocasts[op](device_type, *args)
+    return args
 
 
 def dispatch_gradient(op: Any, *args: Any) -> Any:
     """`dispatch` of an operator that computes a gradient, from where no further one is asked for."""
     if torch.compiler.is_compiling() or not _only_the_kernel_is_left(args):
         return op(*args)
-    with _below():
+    with below_autograd():
         return _kernels[op](*args)
 
 
@@ -118,7 +128,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
-class _below:
+class below_autograd:
     """Where the dispatcher calls kernels: below autograd and autocast."""
 
     __slots__ = ("autocast", "autograd")
