@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -378,8 +379,10 @@ def choose_weight_gradient_on_cpu(
         # Of few tiles the transform of the sums would be most of it: of 512 channels at 7x7, 4 tiles an image, 2.5 ms
         # and directly 1.5 at batch 1, 3.5 and 5.9 at batch 2 (2 Emerald Rapids cores).
         return "winograd" if n * -(-p // 4) * -(-q // 4) >= 8 else "products"
-    # Products take longer to copy both maps than oneDNN takes for all, unless maps are small.
-    small = 14**2 if r * s > 1 or normalises else 7**2
+    # 1x1 take as long as oneDNN's, with a map in front that oneDNN needs written less; 3x3 with stride 2 0.84. Not so
+    # where the sums do not fit into a core's L2 cache: then maps must be small.
+    fits = k * c * r * s <= 2**18
+    small = 7**2 if r * s == 1 and not normalises else math.inf if fits else 14**2
     return "products" if p * q <= small and max(r, s) <= 3 else "onednn"
 
 
