@@ -353,7 +353,10 @@ def choose_conv_on_cpu(
         return ConvKernel("grouped", bfloat16=pairs) if fast else onednn
     if min(c, k) < _vector_width():
         return onednn
-    return _cheapest(conv_costs(weight_size, output_size, stride, dilation, in_bfloat16, packs))
+    kernel = _cheapest(conv_costs(weight_size, output_size, stride, dilation, in_bfloat16, packs))
+    # Of so few pixels packing takes as long as all the rest: 3x3, 512 channels at 7x7, batch 1, 3.8 ms, oneDNN 2.3.
+    few = output_size[0] * output_size[2] * output_size[3] <= 64 and weight_size[2] * weight_size[3] > 1
+    return onednn if packs and few and kernel.name == "gemm" else kernel
 
 
 def choose_weight_gradient_on_cpu(
@@ -377,8 +380,10 @@ def choose_weight_gradient_on_cpu(
     n, _, p, q = output_size
     if r == s == 3 and max(*stride, *dilation) == 1:
         # Of few tiles the transform of the sums would be most of it: of 512 channels at 7x7, 4 tiles an image, 2.5 ms
-        # and directly 1.5 at batch 1, 3.5 and 5.9 at batch 2 (2 Emerald Rapids cores).
-        return "winograd" if n * -(-p // 4) * -(-q // 4) >= 8 else "products"
+        # and directly 1.5 at batch 1, 3.5 and 5.9 at batch 2 (2 Emerald Rapids cores). Nor where most of a tile lies
+        # beside the map: 512 channels at 1x1, batch 16, 4.2 ms and 1.3, of 256 at 2x2 0.9 and 0.5.
+        tiles = n * -(-p // 4) * -(-q // 4)
+        return "winograd" if tiles >= 8 and n * p * q >= 6 * tiles else "products"
     # 1x1 take as long as oneDNN's, with a map in front that oneDNN needs written less; 3x3 with stride 2 0.84. Not so
     # where the sums do not fit into a core's L2 cache: then maps must be small.
     fits = k * c * r * s <= 2**18

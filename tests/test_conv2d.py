@@ -269,12 +269,53 @@ def test_kernels_winograd_same_bits_however_the_weight_is_packed():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+# Pixels (or tiles) in 16 parts, of which the last ones may be shorter or empty, and as before where there are few.
+WEIGHT_GRADIENTS = {
+    "1x1": dict(n=3, c=70, k=33, h=14, w=13, kernel=1),
+    "a part more than there are pixels": dict(n=1, c=16, k=16, h=19, w=27, kernel=1),
+    "strided": dict(n=2, c=33, k=65, h=35, w=33, kernel=3, stride=2),
+    "several blocks a part": dict(n=8, c=200, k=17, h=28, w=28, kernel=1),
+    "Winograd": dict(n=3, c=17, k=40, h=60, w=57, kernel=3, winograd=True),
+    "few pixels": dict(n=1, c=40, k=40, h=11, w=10, kernel=1),
+}
+
+
+@pytest.mark.parametrize("normalised", (False, True))
+@pytest.mark.parametrize("case", WEIGHT_GRADIENTS)
+def test_kernels_weight_gradient_of_many_pixels(case, normalised):
+    """Right, and the same bits for any number of threads."""
+    how = dict(stride=1, winograd=False) | WEIGHT_GRADIENTS[case]
+    n, c, k, h, w, size, stride = (how[name] for name in ("n", "c", "k", "h", "w", "kernel", "stride"))
+    x, weight = torch.randn(n, c, h, w), torch.randn(k, c, size, size)
+    norm = torch.stack([torch.randn(c), torch.rand(c) + 0.5, torch.randn(c)]) if normalised else None
+    grad = torch.randn_like(F.conv2d(x, weight, None, stride, size // 2))
+    pairs, threads, found = ([stride] * 2, [size // 2] * 2, [1, 1]), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 20):
+            torch.set_num_threads(count)
+            found.append(ops_._conv_weight_grad(grad, x, weight, *pairs, how["winograd"], norm)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    x = x.double()
+    if normalised:
+        mean, scale, shift = (v.double().view(1, -1, 1, 1) for v in norm)
+        x = torch.relu((x - mean) * scale + shift)
+    double = weight.double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.conv2d(x, double, None, stride, size // 2), double, grad.double())
+    assert relative_rms(found[0], exact) <= (3e-6 if how["winograd"] else 1e-6)
+
+
 def test_which_kernels_run():
     """Otherwise the tests above would say nothing of Winograd's algorithm and of products of matrices."""
     sizes, geometry = ((2, 32, 28, 28), (48, 32, 3, 3), (2, 48, 28, 28)), ([1, 1], [1, 1], [1, 1], 1)
     assert choose_conv_on_cpu(*sizes, *geometry, False, torch.float32, True).name == "winograd"
-    few = ((1, 512, 7, 7), (512, 512, 3, 3), (1, 512, 7, 7))
-    assert choose_conv_on_cpu(*few, *geometry, False, torch.float32, True).name == "gemm"
+    for n, kernel in ((1, "onednn"), (4, "gemm"), (16, "winograd")):
+        few = ((n, 512, 7, 7), (512, 512, 3, 3), (n, 512, 7, 7))
+        assert choose_conv_on_cpu(*few, *geometry, False, torch.float32, True).name == kernel
+    for size, kernel in ((1, "products"), (2, "products"), (3, "winograd")):
+        few = ((512, 512, 3, 3), (16, 512, size, size))
+        assert choose_weight_gradient_on_cpu(*few, [1, 1], [1, 1], 1, True, torch.float32) == kernel
     chosen = choose_weight_gradient_on_cpu(*sizes[1:], [1, 1], [1, 1], 1, False, torch.float32)
     assert chosen == "winograd"
     tensors, geometry = make("3x3")

@@ -58,7 +58,7 @@ bool write(const WeightGrad& g, const Layout& at, const float* sums) {
 constexpr int64_t parts = 16;
 
 bool may_split_units(const Layout& at, int64_t units) {
-  return at.of_sums() * int64_t(sizeof(float)) <= l2_bytes() / 2 && units >= parts * 32;
+  return at.of_sums() * int64_t(sizeof(float)) <= l2_bytes() / 2 && units >= parts * 32;  // so that no part is empty
 }
 
 bool run_by_units(WeightGrad& g, int64_t units) {
@@ -72,7 +72,7 @@ bool run_by_units(WeightGrad& g, int64_t units) {
     const Scratch<Grads> grads(at.of_grads() * g.block * sizeof(float));
     float* to = sums.floats() + part * at.of_sums();
     const int64_t first = std::min(units, part * part_units), last = std::min(units, first + part_units);
-    for (int64_t begin = first; begin < last || begin == first; begin += g.block) {
+    for (int64_t begin = first; begin < last; begin += g.block) {
       const int64_t count = std::min(g.block, last - begin);
       kernels().weight_grad_input(g, begin, begin + count, inputs.floats());
       kernels().weight_grad_grad(g, begin, begin + count, grads.floats());
