@@ -74,7 +74,8 @@ test-oldest: $(OLDEST)/.installed
 		tests/test_weight_cache.py tests/test_residual.py tests/test_models.py tests/test_backends.py
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_inference.py tests/test_inference_model.py tests/test_inference_plan.py \
 		-k "of_this_package or blocks or outputs or fused or copies or functional or refused or bit_for_bit"
-	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_gpu_campaign.py -k "every_step or dry_run"
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_batch_norm_relu.py tests/test_conv2d.py tests/test_conv2d_fork.py \
+		tests/test_max_pool_with_indices.py tests/test_gpu_campaign.py -k "dry_run or not (level or campaign or kernels)"
 	PYTHONPATH=$(OLDEST) RESNET_FAST_TEST_AOT=1 $(PYTEST) tests/triton_aot
 
 # The CPU kernels without torch: built for aarch64 and run under qemu, then natively at every level that this CPU has.

@@ -144,7 +144,7 @@ def test_choice_on_cuda(monkeypatch):
         monkeypatch.setattr(choose, "_triton_takes_cuda", lambda has_triton=has_triton: has_triton)
         assert chosen(256, 3, 224, 64, 7, 2) == triton
         assert chosen(256, 64, 56, 256, 1, relu=False) == triton
-        assert chosen(256, 64, 56, 256, 1, residual=True) == triton
+        assert chosen(256, 64, 56, 256, 1, residual=True) == "cudnn"
         assert chosen(1, 3, 224, 64, 7, 2) == "cudnn"
         assert chosen(256, 3, 224, 64, 7, 2, dtype=torch.float32) == "cudnn"
         assert chosen(256, 64, 56, 64, 3) == "cudnn"

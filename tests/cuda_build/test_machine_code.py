@@ -158,7 +158,7 @@ def test_poolings_move_128_bits_and_have_several_loads_in_flight(functions):
 # shall have in flight, whether they write maps, and the blocks of 256 threads that shall fit on a multiprocessor.
 NORMS = {
     "batch_norm_moments_kernel": (1, 4, False, 3),
-    "batch_norm_relu_kernel": (1, 8, True, 2),
+    "batch_norm_relu_kernel": (2, 2, True, 4),
     "batch_norm_relu_sums_kernel": (2, 4, False, 3),
     "batch_norm_relu_backward_kernel": (2, 4, True, 3),
 }
