@@ -123,7 +123,7 @@ FAULTS = {
     "batch_norm: scales read before they are there": Fault(
         FORWARD, "  __syncthreads();\n", "", "forward"),
     "batch_norm: memory for one normalisation": Fault(
-        FORWARD, "(norm.residual ? 6 : 3) * block_size", "3 * block_size", "forward", "address"),
+        FORWARD, "block_size, 2 * affine, s, m)", "block_size, affine, s, m)", "forward", "address"),
     "batch_norm: bits of the next row's lanes": Fault(
         FORWARD, "gather_bits<part.per_word>(bits[u]) & there", "gather_bits<part.per_word>(bits[u])", "forward"),
     "batch_norm: bits of one lane": Fault(

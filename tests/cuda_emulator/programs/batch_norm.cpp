@@ -181,6 +181,7 @@ int all_of(const std::string& name) {
   if (name == "statistics" || name == "all") {
     note(statistics<T>(99, 32 * wide)), note(statistics<T>(35, 3 * wide)), note(statistics<T>(70, 35));
     note(statistics<T>(1025, 1)), note(statistics<T>(1, 3));
+    note(statistics<T>(4231, 35));  // more chunks than a quarter of the rows that add them up
   }
   if (name == "forward" || name == "all") {
     note(forward<T>(37, 33 * wide, Residual::plain, true)), note(forward<T>(35, 3 * wide, Residual::normalised, true));
