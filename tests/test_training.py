@@ -435,7 +435,9 @@ def test_bytes_kept_of_resnet50():
     in lean mode 0.50."""
     stock, cell = training.stock_model("resnet50"), training.Cell("resnet50", 8, "bfloat16", "cpu")
     ways = training.ways("cpu")
-    kept = {n: training.kept_per_image(cell, ways[n], stock, 2, 4) for n in ("torch channels_last", OURS, f"{OURS} lean")}
+    kept = {
+        n: training.kept_per_image(cell, ways[n], stock, 2, 4) for n in ("torch channels_last", OURS, f"{OURS} lean")
+    }
     torchs, ours, lean = kept.values()
     assert 40e6 < torchs < 47e6
     assert ours <= 0.80 * torchs
