@@ -14,7 +14,7 @@ from .fused import (
     why_plain_conv,
     why_plain_conv_bn,
 )
-from .training import conv, norm, norm_conv
+from .training import conv, fork, norm, norm_conv
 
 
 class Residual(nn.Module):
@@ -76,8 +76,8 @@ class Residual(nn.Module):
         return conv_bn(Y, self.conv2, self.bn2, residual=X if conv3 is None else conv3(X))
 
     def _fused_training(self, X: Tensor) -> Tensor:
-        Y = norm_conv(conv(X, self.conv1), self.bn1, self.conv2)
-        conv3 = self.conv3
+        Y, X = fork(X, self.conv1, None)
+        Y, conv3 = norm_conv(Y, self.bn1, self.conv2), self.conv3
         if conv3 is not None:
             X = conv(X, conv3).map if why_plain_conv("conv3", conv3) is None else conv3(X)
         return norm(Y, self.bn2, X)
