@@ -149,6 +149,9 @@ class Cases:
             statistics = OPS._batch_norm_statistics_cuda(a)
             for found, of in zip(statistics, batch_norm_statistics_ref(x.double()), strict=True):
                 self.check(f"batch_norm_statistics, {name}", found, of)
+            running = OPS._update_running_stats_cuda_(weight.clone(), bias.clone(), *statistics, 0.25, 8)
+            right_mean = 0.75 * vectors[0] + 0.25 * x.double().mean((0, 2, 3))
+            self.check(f"update_running_stats_, {name}", running, right_mean)
             norm = (a, *statistics, weight, bias, 1e-5)
             second = (s, *OPS._batch_norm_statistics_cuda(s), other) if two else (None,) * 4
             out, mask = OPS._batch_norm_relu_cuda(*norm, *second, None, 1e-5, True, two)

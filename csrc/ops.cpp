@@ -231,6 +231,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
         "(Tensor grad, Tensor indices, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
         "int[2] input_size) -> Tensor");
   }
+  m.def(
+      "_update_running_stats_cuda_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+      "float momentum, int count) -> Tensor(a!)");
   m.def("_pack_gemm(Tensor weight, int groups, bool bfloat16=False, bool turned=False, bool reused=False) -> Tensor");
   m.def("_pack_grouped(Tensor weight, int groups, bool bfloat16=False) -> Tensor");
   m.def("_pack_winograd(Tensor weight, int tile, bool bfloat16=False) -> Tensor");

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import resnet_fast
 from resnet_fast import models, ops
+from resnet_fast.bench.peers import graphed
 from resnet_fast.models import BasicBlock, Bottleneck
 from resnet_fast.nn import set_activation_memory
 
@@ -155,17 +156,10 @@ def test_a_whole_step_in_a_cuda_graph(memory):
             loss = F.cross_entropy(model(x), labels)
         return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            gradients()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients()
+    replay = graphed(gradients)
     for _ in range(2):
         x.normal_()
-        graph.replay()
+        captured = replay()
         assert captured[0].isfinite()
         called = gradients()
         # cuDNN's weight gradients may be added up by atomics; the loss is not.

@@ -139,4 +139,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward_cuda
   return {of_input, of_weight, of_bias, of_residual, of_shortcut_weight};
 }
 
+// [C] each; the running ones float32 without gaps.
+Tensor update_running_stats_cuda(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                                 const Tensor& var, double momentum, int64_t count) {
+  const char* name = "update_running_stats_";
+  const int64_t c = running_mean.numel();
+  for (const Tensor* t : {&running_mean, &running_var, &mean, &var})
+    STD_TORCH_CHECK(on_device(*t) && t->dim() == 1 && t->size(0) == c, name,
+                    ": a vector must be on the device, with one value per channel");
+  for (const Tensor* t : {&running_mean, &running_var})
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous(), name,
+                    ": the running statistics must be float32, without gaps");
+  STD_TORCH_CHECK(count > 1, name, ": one value has no variance");
+  const DeviceGuard guard(mean.get_device_index());
+  const RunningStats stats{c,
+                           floats(running_mean),
+                           floats(running_var),
+                           filter_vector(mean),
+                           filter_vector(var),
+                           float(1 - momentum),
+                           float(momentum),
+                           float(momentum * double(count) / double(count - 1))};
+  if (c > 0) check_launch(launch_update_running_stats(stats, current_stream(mean)), name);
+  return running_mean;
+}
+
 }  // namespace resnet_fast

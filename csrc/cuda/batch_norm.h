@@ -52,6 +52,14 @@ struct BatchNormReluBackward {
   bool relu;
 };
 
+// running_mean = keep * running_mean + share * mean, running_var = keep * running_var + var_share * var; [channels].
+struct RunningStats {
+  int64_t channels;
+  float *running_mean, *running_var;
+  FilterVector mean, var;
+  float keep, share, var_share;
+};
+
 // The map as the kernels split it, whatever the GPU, so that sums are always the same.
 NormMap split_map(Type type, int64_t pixels, int64_t channels);
 inline int64_t chunks_of(const NormMap& map) { return (map.pixels + map.chunk - 1) / map.chunk; }
@@ -60,5 +68,6 @@ inline int64_t chunks_of(const NormMap& map) { return (map.pixels + map.chunk - 
 int launch_batch_norm_statistics(const BatchNormStatistics& statistics, void* stream);
 int launch_batch_norm_relu(const BatchNormRelu& norm, void* stream);
 int launch_batch_norm_relu_backward(const BatchNormReluBackward& backward, void* stream);
+int launch_update_running_stats(const RunningStats& stats, void* stream);
 
 }  // namespace resnet_fast

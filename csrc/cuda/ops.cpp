@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, RESNET_FAST_DEVICE, m) {
   m.impl("_max_pool_with_indices_cuda", TORCH_BOX(&resnet_fast::max_pool_with_indices_cuda));
   m.impl("_max_pool_backward_cuda", TORCH_BOX(&resnet_fast::max_pool_backward_cuda));
   m.impl("_batch_norm_statistics_cuda", TORCH_BOX(&resnet_fast::batch_norm_statistics_cuda));
+  m.impl("_update_running_stats_cuda_", TORCH_BOX(&resnet_fast::update_running_stats_cuda));
   m.impl("_batch_norm_relu_cuda", TORCH_BOX(&resnet_fast::batch_norm_relu_cuda));
   m.impl("_batch_norm_relu_backward_cuda", TORCH_BOX(&resnet_fast::batch_norm_relu_backward_cuda));
 #ifndef RESNET_FAST_EMULATED

@@ -147,4 +147,9 @@ batch_norm_relu_backward_cuda(
     const std::optional<torch::stable::Tensor>& shortcut_var,
     const std::optional<torch::stable::Tensor>& shortcut_weight, double shortcut_eps, bool relu, bool needs_residual);
 
+torch::stable::Tensor update_running_stats_cuda(const torch::stable::Tensor& running_mean,
+                                                const torch::stable::Tensor& running_var,
+                                                const torch::stable::Tensor& mean, const torch::stable::Tensor& var,
+                                                double momentum, int64_t count);
+
 }  // namespace resnet_fast

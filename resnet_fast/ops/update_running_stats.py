@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..choose import choose
 from .registration import dispatch, register, under_transform
 
 
@@ -25,8 +26,24 @@ def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor,
         raise RuntimeError(f"update_running_stats_: count must be at least 2 values per channel, got {count}")
 
 
+_op_cuda = torch.ops.resnet_fast._update_running_stats_cuda_.default
+
+
+def _is_in_one_launch(running_mean: Tensor, running_var: Tensor, mean: Tensor) -> bool:
+    running = running_mean, running_var
+    if mean.dtype != torch.float32 or not all(t.dtype == torch.float32 and t.is_contiguous() for t in running):
+        return False
+    try:
+        return choose("batch_norm_statistics", mean.device.type, torch.float32).backend == "cuda"
+    except RuntimeError:  # a forced backend that has no such operator
+        return False
+
+
 def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
     _check(running_mean, running_var, mean, var, momentum, count)
+    if _is_in_one_launch(running_mean, running_var, mean):
+        _op_cuda(running_mean, running_var, mean, var, momentum, count)
+        return
     for running, new, share in ((running_mean, mean, momentum), (running_var, var, momentum * count / (count - 1))):
         if running.dtype == new.dtype:
             running.mul_(1 - momentum).add_(new, alpha=share)

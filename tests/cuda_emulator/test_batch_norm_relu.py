@@ -130,6 +130,26 @@ def test_strides_of_a_single_pixel():
     assert out[0].stride() == (3, 1, 3, 3) and out[1].shape == (2, 1, 1, 1)
 
 
+@pytest.mark.parametrize("momentum", (0.1, 1.0, 0.0))
+@pytest.mark.parametrize("c", (1, 128, 129))
+def test_update_running_stats(c, momentum):
+    """In one launch, whatever the strides of the new ones; other buffers than float32 are torch's."""
+    running, new = (torch.randn(2, c).abs() for _ in range(2))
+    exact = [(1 - momentum) * running[i].double() + momentum * new[i].double() * (1, 75 / 74)[i] for i in (0, 1)]
+    for of_new in (new, new.repeat_interleave(2, 1)[:, ::2]):
+        found = [t.clone() for t in running]
+        with emulated.launches() as launched:
+            ops.update_running_stats_(*found, *of_new, momentum, 75)
+        assert launched == Counter(update_running_stats_kernel=1)
+        assert all(relative_rms(t, right) <= 2e-7 for t, right in zip(found, exact, strict=True))
+    for make in (torch.Tensor.double, lambda t: t.repeat_interleave(2, 1)[:, ::2]):
+        found = list(make(running))
+        with emulated.launches() as launched:
+            ops.update_running_stats_(*found, *new, momentum, 75)
+        assert all(relative_rms(t, right) <= 2e-7 for t, right in zip(found, exact, strict=True))
+        assert not launched or c == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mask(dtype):
     for c in (1, 3, 7, 8, 9, 16, 33, 130):

@@ -22,7 +22,7 @@ def test_the_cases_for_compute_sanitizer_are_right():
 
     cases = sanitizer_cases.run("cpu")
     assert cases.wrong == []
-    norms = {"batch_norm_statistics", "batch_norm_relu", "batch_norm_relu_backward"}
+    norms = {"batch_norm_statistics", "update_running_stats_", "batch_norm_relu", "batch_norm_relu_backward"}
     pools = {"max_pool", "max_pool_with_indices", "max_pool_backward", "avg_pool_flatten"}
     assert set(cases.done) == {"conv_bn_relu", "add_relu", *norms, *pools}
     assert cases.done["conv_bn_relu"] >= 3 * len(sanitizer_cases.CONVOLUTIONS) * 3  # types, and most of the tiles
