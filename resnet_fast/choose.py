@@ -186,7 +186,8 @@ class Measured:
 # cuDNN: that is safe, not measured. Times in milliseconds, bfloat16, batch 256
 # (benchmarks/gpu_campaign.py --steps kernels). Small maps are cuDNN's: there the CPU's time counts, and Triton takes
 # more of it to launch; 2^25 elements are those of 42 images in ResNet-50's first stage.
-# No entry says "cuda": on sm_90 the CUDA C++ convolutions, made for sm_80, take 1.5 to 3 times as long as cuDNN's.
+# No entry says "cuda": on sm_90 the CUDA C++ convolutions, made for sm_80, take 1.4 to 2.8 times as long as cuDNN's;
+# without a ReLU 0.6 to 1.1, but Triton's less.
 _large = partial(Measured, "triton", outputs=2**25)
 MEASURED = {
     "sm_90": (  # H200, Triton against cuDNN
@@ -384,7 +385,8 @@ def choose_weight_gradient_on_cpu(
         # beside the map: 512 channels at 1x1, batch 16, 4.2 ms and 1.3, of 256 at 2x2 0.9 and 0.5.
         tiles = n * -(-p // 4) * -(-q // 4)
         return "winograd" if tiles >= 8 and n * p * q >= 6 * tiles else "products"
-    # 1x1 take as long as oneDNN's, with a map in front that oneDNN needs written less; 3x3 with stride 2 0.84. Not so
+    # 1x1 take 0.96-1.2 of oneDNN's time, without the map in front that oneDNN needs written; 3x3 with stride 2
+    # 0.84-0.97. Not so
     # where the sums do not fit into a core's L2 cache: then maps must be small.
     fits = k * c * r * s <= 2**18
     small = 7**2 if r * s == 1 and not normalises else math.inf if fits else 14**2

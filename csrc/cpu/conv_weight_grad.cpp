@@ -53,8 +53,9 @@ bool write(const WeightGrad& g, const Layout& at, const float* sums) {
 }
 
 // Where the sums of all filters and channels fit into an L2 cache with the units that are added to them: each thread
-// has pixels of its own, and what it copies is read by no other core. Of the time below, 1x1 convolutions took 0.56-0.8
-// (2 Emerald Rapids cores). So many parts, whatever the number of threads, whose sums are added up in their order.
+// has pixels of its own, and what it copies is read by no other core. Of the time below, 1x1 convolutions took
+// 0.64-0.82, of 1024 channels at 14x14 0.96 (2 Emerald Rapids cores). So many parts, whatever the number of threads,
+// whose sums are added up in their order.
 constexpr int64_t parts = 16;
 
 bool may_split_units(const Layout& at, int64_t units) {

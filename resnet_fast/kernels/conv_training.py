@@ -148,28 +148,41 @@ def conv_gradients_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the convolution's map (input or relu(norm(input))), of weight and bias; empty where not needed."""
     geometry, empty = Geometry(stride, padding, dilation, groups), input.new_empty(0)
-    of_map = _input_gradient(grad, input, weight, geometry) if needs[0] else empty
+    of_map = input_gradient_cpu(grad, input, weight, geometry) if needs[0] else empty
     of_weight = _weight_gradient(grad, input, weight, geometry, norm) if needs[1] else empty
     of_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if needs[2] else empty
     return of_map, of_weight, of_bias
 
 
-def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def input_gradient_cpu(
+    grad: Tensor,  # [N, K, P, Q]
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    geometry: Geometry,
+    to: Tensor | None = None,  # [N, C, H, W]
+    overwrites: bool = False,
+) -> Tensor:
+    """The convolution's gradient of input, added to ``to`` where there is one, in a kernel's store if it can;
+    ``overwrites``: ``to`` may be the result."""
     if set(geometry.dilation) == {1} and geometry.groups == 1:
-        kernel = weight.shape[2:]
+        kernel, stride = weight.shape[2:], geometry.stride
         flipped = [kernel[d] - 1 - geometry.padding[d] for d in (0, 1)]
-        if max(geometry.stride) == 1 and min(flipped) >= 0:
-            found = _convolved_back(grad, weight, input.shape, flipped)
+        if max(stride) == 1 and min(flipped) >= 0:
+            found = _convolved_back(grad, weight, input.shape, flipped, to)
             if found is not None:
                 return found
         if _is_pointwise(weight, geometry):
             found = _convolved_back(grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0])
             if found is not None:
-                out = torch.empty_like(input, memory_format=torch.channels_last).zero_()
-                out[:, :, :: geometry.stride[0], :: geometry.stride[1]] = found
-                return out
+                if to is None:
+                    to = torch.empty_like(input, memory_format=torch.channels_last).zero_()
+                elif not overwrites:
+                    to = to.clone()
+                to[:, :, :: stride[0], :: stride[1]] += found
+                return to
     found = _torch_gradients(grad, input, weight, geometry, (True, False))[0]
-    return found.contiguous(memory_format=torch.channels_last)
+    found = found.contiguous(memory_format=torch.channels_last)
+    return found if to is None else found.add_(to)
 
 
 def _convolved_back(
@@ -186,35 +199,6 @@ def _convolved_back(
         return None
     found = _run(kernel, grad, weight, None, back, turned=True)
     return found if to is None else found.add_(to)
-
-
-def add_input_gradient_cpu(
-    to: Tensor | None,  # [N, C, H, W]
-    grad: Tensor,  # [N, K, P, Q]
-    input: Tensor,  # [N, C, H, W]
-    weight: Tensor,  # [K, C / groups, R, S]
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    overwrites: bool,
-) -> Tensor:
-    """``to`` and the convolution's gradient of input, in one pass over the sum where the kernel can; ``overwrites``:
-    ``to`` may be the result."""
-    geometry = Geometry(stride, padding, dilation, groups)
-    if to is None:
-        return _input_gradient(grad, input, weight, geometry)
-    if _is_pointwise(weight, geometry) and dilation == [1, 1]:
-        found = _convolved_back(
-            grad, weight, [*input.shape[:2], *grad.shape[2:]], [0, 0], to if max(stride) == 1 else None
-        )
-        if found is not None and max(stride) > 1:
-            out = to if overwrites else to.clone()
-            out[:, :, :: stride[0], :: stride[1]] += found
-            return out
-        if found is not None:
-            return found
-    return _input_gradient(grad, input, weight, geometry).add_(to)
 
 
 def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, norm: Norm | None) -> Tensor:

@@ -121,9 +121,9 @@ def add_input_gradient(
     """``to`` and the convolution's gradient of input added up, on one backend. ``overwrites``: ``to`` may be the
     result."""
     if backend == "cpu" and 0 not in grad.shape:
-        from ..kernels.conv_training import add_input_gradient_cpu
+        from ..kernels.conv_training import Geometry, input_gradient_cpu
 
-        return add_input_gradient_cpu(to, grad, input, weight, *pairs, groups, overwrites)
+        return input_gradient_cpu(grad, input, weight, Geometry(*pairs, groups), to, overwrites)
     found = backward_kernel(backend, grad, input, weight, pairs, groups, (True, False, False))[0]
     return found if to is None else found.add_(to)
 
