@@ -30,7 +30,7 @@ from resnet_fast.bench.limits import CLASSES
 from resnet_fast.measure import calibrate, environment, random_model, relative_rms
 from resnet_fast.ops import add_relu, conv_bn_relu
 
-tv = models.tv
+tv = models.resnet.tv
 
 CHECKED = 8  # images of a batch that are compared with float64
 SECONDS, LEAST_ROUNDS, SLOW = 0.5, 5, 2.0

@@ -54,7 +54,7 @@ def _models() -> ModuleType:
 
 def model_names() -> list[str]:
     """The ten builders of resnet_fast.models."""
-    return [name for name in _models().__all__ if name.islower()]
+    return [name for name in _models().resnet.__all__ if name.islower()]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _builders(name: str) -> _Builders:
         raise CliError(f"unknown model {name!r}; the models are {', '.join(model_names())}")
     from torchvision.models import get_model_weights
 
-    return _Builders(getattr(models, name), getattr(models.tv, name), get_model_weights(name))
+    return _Builders(getattr(models, name), getattr(models.resnet.tv, name), get_model_weights(name))
 
 
 def _device(name: str | None) -> torch.device:

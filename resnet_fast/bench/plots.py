@@ -14,7 +14,12 @@ _OURS, _OTHERS, _GREY = "#d1495b", "#8d99ae", "#555555"
 _KINDS = {"1x1": "#00798c", "3x3": "#edae49", "7x7": "#66a182"}
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib.pyplot for files, with the fonts and colours of this project's plots.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -27,10 +32,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure in the format that the ending of ``path`` names, and closes it."""
     svg = path.suffix == ".svg"
     figure.savefig(path, metadata={"Date": None} if svg else None, bbox_inches="tight", dpi=150)
-    _pyplot().close(figure)
+    load_pyplot().close(figure)
     if not svg:
         return
     # matplotlib ends lines with spaces, which every whitespace check complains of.
@@ -39,7 +45,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def layers(found: Any, path: Path) -> None:
     """Bars of microseconds for every layer of a `LayerTable`; grey ones run on torch."""
-    pyplot, rows = _pyplot(), found.layers
+    pyplot, rows = load_pyplot(), found.layers
     figure, axis = pyplot.subplots(figsize=(7.5, 1.0 + 0.17 * len(rows)))
     positions = range(len(rows))[::-1]
     axis.barh(positions, [row.microseconds for row in rows], color=[_OURS if row.ours else _OTHERS for row in rows])
@@ -51,12 +57,12 @@ def layers(found: Any, path: Path) -> None:
     axis.set_xlim(0, 1.6 * max(row.microseconds for row in rows))
     axis.set_xlabel("microseconds")
     axis.set_title(f"{found.microseconds / 1e3:.2f} ms on {found.threads} threads", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def peers(found: dict, path: Path) -> None:
     """Bars of images a second for every peer, with the span of 20 to 80 % of its samples; one panel a cell."""
-    pyplot, cells = _pyplot(), found["cells"]
+    pyplot, cells = load_pyplot(), found["cells"]
     columns = min(len(cells), 2)
     lines = -(-len(cells) // columns)
     most = max(len(cell["peers"]) for cell in cells)
@@ -82,7 +88,7 @@ def peers(found: dict, path: Path) -> None:
         axis.margins(x=0.15)
     figure.suptitle(found["device"], fontsize=11)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def model_ratios(device: str, found: Sequence[tuple[dict, tuple[float, str] | None]], path: Path) -> None:
@@ -90,7 +96,7 @@ def model_ratios(device: str, found: Sequence[tuple[dict, tuple[float, str] | No
 
     found: cells, each with that ratio and the other's name, or None.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     panels = list(dict.fromkeys((cell["dtype"], cell["batch"]) for cell, _ in found))
     names = list(dict.fromkeys(cell["model"] for cell, _ in found))[::-1]
     columns = min(len(panels), 3)
@@ -113,7 +119,7 @@ def model_ratios(device: str, found: Sequence[tuple[dict, tuple[float, str] | No
     axes[0][0].set_yticks(range(len(names)), names, fontsize=7)
     figure.suptitle(device, fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _kind(row: dict) -> str:
@@ -125,7 +131,7 @@ def roofline(rows: Sequence[dict], ceilings: dict, path: Path) -> None:
 
     rows: of the step "kernels", all with operations (add_relu has next to none). Filled: ours; hollow: torch's.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(7.5, 4.8))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     xs = [row["flops"] / row["bytes"] for row in rows]
@@ -149,13 +155,13 @@ def roofline(rows: Sequence[dict], ceilings: dict, path: Path) -> None:
         f"Fused layers, {', '.join(dtypes)}, batch {', '.join(map(str, sorted({r['batch'] for r in rows})))}"
     )
     axis.legend(fontsize=7, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def layer_ratios(found: dict, path: Path) -> None:
     """Bars of oneDNN's time over ours for every layer, from minima, and points from medians; one panel a level, dtype
     and batch."""
-    pyplot, groups = _pyplot(), cpu_layers.groups([cell for cell in found["cells"] if "refused" not in cell])
+    pyplot, groups = load_pyplot(), cpu_layers.groups([cell for cell in found["cells"] if "refused" not in cell])
     names = list(dict.fromkeys(cell["layer"] for cells in groups.values() for cell in cells))[::-1]
     size = (2.6 * len(groups) + 2, 0.17 * len(names) + 1.2)
     figure, axes = pyplot.subplots(1, max(len(groups), 1), figsize=size, squeeze=False, sharey=True)
@@ -170,12 +176,12 @@ def layer_ratios(found: dict, path: Path) -> None:
     axes[0][0].set_yticks(range(len(names)), names, fontsize=7)
     figure.suptitle(f"{found['device']}{', cold weights' if found['cold'] else ''}", fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def traffic(models: Sequence[str], path: Path) -> None:
     """Megabytes of 16-bit feature maps and weights an image (batch 256) for every traffic pattern: arithmetic alone."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(2, len(models), figsize=(3.6 * len(models), 4.6), squeeze=False)
     for column, model in enumerate(models):
         for line, (make, patterns, title) in enumerate((
@@ -191,4 +197,4 @@ def traffic(models: Sequence[str], path: Path) -> None:
             axis.set_xlabel("MB / image")
             axis.margins(x=0.15)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -19,7 +19,7 @@ from .fused import (
     why_plain_projection,
     why_plain_relu,
 )
-from .training import fork, norm_conv, norm_shortcut
+from .training import conv, fork, norm, norm_conv, norm_shortcut
 
 
 def _as_plain(forward: Callable) -> Callable:
@@ -67,6 +67,23 @@ class BasicBlock(tv.BasicBlock):
         out, shortcut = fork(x, self.conv1, self.downsample)
         out = norm_conv(out, self.bn1, self.conv2)
         return norm_shortcut(out, self.bn2, shortcut, self.downsample, self.activation_memory, widens=False)
+
+
+class PlainBlock(BasicBlock):
+    """A BasicBlock with nothing going past it: relu(bn2(conv2(relu(bn1(conv1(x)))))). Its ``downsample`` is None.
+
+    The block of the plain networks that He et al. (2015) compare residual ones with.
+    """
+
+    def _plain(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return conv_bn(conv_bn(x, self.conv1, self.bn1), self.conv2, self.bn2)
+
+    def _fused_training(self, x: Tensor) -> Tensor:
+        return norm(norm_conv(conv(x, self.conv1), self.bn1, self.conv2), self.bn2)
 
 
 class Bottleneck(tv.Bottleneck):

@@ -16,6 +16,7 @@ from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
 from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
 from ..ops.conv_bn_relu_projection import kernel_for as kernel_for_projection
 from ..ops.weight_cache import CacheInfo, cache_info
+from .ends import FusedEnds
 from .fused import choice_for, fused_backend, uses_batch_statistics
 
 
@@ -120,6 +121,8 @@ class _Convolutions(TorchDispatchMode):
 
 
 def _stem_reason(model: nn.Module, choice: Choice) -> str:
+    if not hasattr(model, "maxpool"):
+        return choice.reason
     why = model.why_plain_max_pool()
     if why is None and fused_backend("conv_bn_relu_max_pool", model.conv1.weight.device.type, model.conv1.weight.dtype):
         return f"{choice.reason}, after maxpool where no gradient is asked for"
@@ -141,7 +144,7 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
     for name, module in model.named_modules():
         if not hasattr(module, "why_plain"):
             continue
-        is_model = hasattr(module, "layer4")
+        is_model = isinstance(module, FusedEnds)
         name = ".".join(filter(None, (name, "stem" if is_model else ""))) or "(model)"
         reason = "a global module hook is set" if _has_any_global_hook() else module.why_plain()
         training = uses_batch_statistics(module.bn1)

@@ -1,8 +1,4 @@
-"""The ten ResNets of torchvision.models, fused: same names, weights, initialisation, arguments and numbers.
-
->>> from resnet_fast.models import resnet50, ResNet50_Weights
->>> model = resnet50(weights=ResNet50_Weights.DEFAULT).eval()
-"""
+"""The ten ResNets of torchvision.models.resnet, fused."""
 
 from __future__ import annotations
 
@@ -11,15 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    from torchvision.models import resnet as tv
-except ImportError as error:
-    _minor = int(torch.__version__.split(".")[1]) + 15  # torch 2.N is released with torchvision 0.(N + 15)
-    raise ImportError(
-        f"resnet_fast.models needs torchvision, which does not import here ({error}). For torch {torch.__version__}: "
-        f'pip install --no-deps "torchvision==0.{_minor}.*" && pip install numpy pillow'
-    ) from error
+from torchvision.models import resnet as tv
 from torchvision.models._utils import _ovewrite_named_param, handle_legacy_interface
 from torchvision.models.resnet import (
     ResNet18_Weights,
@@ -34,8 +22,9 @@ from torchvision.models.resnet import (
     Wide_ResNet101_2_Weights,
 )
 
-from .nn.blocks import BasicBlock, Bottleneck
-from .nn.fused import (
+from ..nn.blocks import BasicBlock, Bottleneck
+from ..nn.ends import FusedEnds
+from ..nn.fused import (
     conv_bn,
     conv_bn_max_pool,
     is_plain_tensor,
@@ -43,13 +32,9 @@ from .nn.fused import (
     may_max_pool,
     may_pool,
     uses_batch_statistics,
-    why_plain_avg_pool,
-    why_plain_conv_bn,
     why_plain_max_pool,
-    why_plain_relu,
 )
-from .nn.training import conv, max_pool, norm
-from .ops import avg_pool_flatten
+from ..nn.training import conv, max_pool, norm
 
 __all__ = [
     "BasicBlock",
@@ -78,7 +63,7 @@ __all__ = [
 ]
 
 
-class ResNet(tv.ResNet):
+class ResNet(FusedEnds, tv.ResNet):
     """torchvision's ResNet with a fused stem and average pooling; its blocks are fused if they are this package's.
 
     Arguments, attributes and state_dict are torchvision's.
@@ -117,19 +102,6 @@ class ResNet(tv.ResNet):
 
     def _plain_stem(self, x: Tensor) -> Tensor:
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
-
-    def _average(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if is_plain_tensor(x) and not self.training:
-                if why_plain_avg_pool("avgpool", self.avgpool) is None and may_pool("avg_pool_flatten", x):
-                    return avg_pool_flatten(x)
-        return torch.flatten(self.avgpool(x), 1)
-
-    @torch.jit.unused
-    def why_plain(self) -> str | None:
-        """Why the stem (conv1, bn1, relu) runs torch's operators, judged by its modules, or None if it is fused."""
-        training = uses_batch_statistics(self.bn1)
-        return why_plain_conv_bn("conv1", self.conv1, "bn1", self.bn1, training) or why_plain_relu("relu", self.relu)
 
     @torch.jit.unused
     def why_plain_max_pool(self) -> str | None:
