@@ -46,7 +46,7 @@ report: $(VENV)/.bench
 # Every engine computes what torchvision computes; JAX too, which is a peer on CUDA only.
 test-peers: $(VENV)/.bench
 	$(BIN)/pip install --quiet jax
-	RESNET_FAST_TEST_PEERS=1 $(PYTEST) tests/test_peers.py tests/test_report.py
+	RESNET_FAST_TEST_PEERS=1 $(PYTEST) tests/test_peers.py
 
 test-triton: $(SETUP)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter

@@ -77,7 +77,6 @@ def test_explain_json(capsys):
 
 
 def test_explain_plot(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     code, _, _ = run(capsys, *EXPLAIN, "--plot", str(tmp_path / "layers.svg"))
     assert code == 0 and "layer4.1.conv2" in (tmp_path / "layers.svg").read_text()
     code, _, err = run(capsys, *EXPLAIN, "--plot", str(tmp_path / "layers.xyz"))

@@ -122,7 +122,8 @@ def test_one_pass_in_a_block(monkeypatch):
     monkeypatch.setattr(training, "conv2d_fork", lambda *args: calls.append(args) or fork(*args))
     block = models.Bottleneck(64, 16).train()
     x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    out = block(x)
+    with resnet_fast.use_backend("cpu"):  # so small a block would train on torch's operators
+        out = block(x)
     monkeypatch.setattr(torch.Tensor, "add_", lambda *args: added.append(args))
     out.sum().backward()
     assert len(calls) == 1 and not added and out.grad_fn is not None

@@ -1,7 +1,6 @@
 """Pages and the README's numbers come from the files of results alone."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -125,7 +124,6 @@ def test_of_many_cells_the_readme_shows_the_headline_and_every_ratio(many):
 
 
 def test_plots_of_many_cells(many):
-    pytest.importorskip("matplotlib")
     report.write(many / "a_cpu")
     plot = (many / "a_cpu" / "models.svg").read_text()
     assert "0.90 onnxruntime" in plot and "resnet152" in plot
@@ -180,8 +178,6 @@ def test_mistakes_are_told_in_words(results, tmp_path, capsys):
 
 
 def test_plots_are_drawn_and_the_same_each_time(layers):
-    if not os.environ.get("RESNET_FAST_TEST_PEERS"):  # `make test-peers` has it
-        pytest.importorskip("matplotlib")
     folder = layers / "a_cpu"
     drawn = []
     for _ in range(2):

@@ -20,9 +20,17 @@ from resnet_fast.bench import training
 from resnet_fast.bench.training import OURS
 from resnet_fast.measure import relative_rms
 from resnet_fast.nn import Residual, resnet_block, set_activation_memory
+from resnet_fast.nn.blocks import PlainBlock
 
 # What Winograd's algorithm may lose, as it adds up in the losses and statistics of random networks.
 WINOGRAD = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def fused_however_small():
+    """A block that is small trains on torch's operators, unless a backend is forced: see test_small_blocks."""
+    with resnet_fast.use_backend("cpu"):
+        yield
 
 
 def pair(name="resnet18", seed=0, **kwargs):
@@ -111,6 +119,7 @@ BLOCKS = {
     "basic, projection": (models.BasicBlock, {"projection": True}),
     "bottleneck": (models.Bottleneck, {}),
     "bottleneck, projection": (models.Bottleneck, {"projection": True}),
+    "plain": (PlainBlock, {}),
     "textbook": (Residual, {}),
 }
 
@@ -442,3 +451,34 @@ def test_bytes_kept_of_resnet50():
     assert 40e6 < torchs < 47e6
     assert ours <= 0.80 * torchs
     assert lean <= 0.50 * torchs
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_small_blocks(kind, layout):
+    """They train on torch's operators, bit for bit, below a number of multiplications; all others are fused."""
+    block, stock = (m.to(memory_format=layout) for m in block_pair(BLOCKS[kind][0], **BLOCKS[kind][1]))
+    channels, weights = block.conv1.weight.shape[1], block.conv1.weight.numel()
+    least = 50e6 if layout == torch.channels_last else 25e6
+
+    def outputs(pixels):
+        x = torch.randn(1, channels, 16, math.ceil(pixels / 16)).contiguous(memory_format=layout)
+        with resnet_fast.use_backend("reference"):
+            expected = stock(x)
+        with resnet_fast.use_backend(None):
+            out = block(x)
+        return out, expected
+
+    out, expected = outputs(least / weights - 16)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(block.buffers(), stock.buffers(), strict=True))
+    out, expected = outputs(least / weights + 16)
+    assert type(out.grad_fn).__name__ != type(expected.grad_fn).__name__
+
+
+def test_small_blocks_are_fused_where_memory_is_to_be_lean():
+    block, x = models.Bottleneck(64, 16).train(), torch.randn(2, 64, 8, 8)
+    with resnet_fast.use_backend(None):
+        plain = type(block(x).grad_fn).__name__
+        fused_function = type(set_activation_memory(block, "lean")(x).grad_fn).__name__
+    assert plain != fused_function == type(block(x).grad_fn).__name__

@@ -18,6 +18,7 @@ from .training import BATCH, Curve, percent, train
 
 TITLE = "Deeper plain networks are worse on their own training set; residual ones are not"
 KINDS = {"plain": "plain", "residual": "resnet"}  # to builders in resnet_fast.models.cifar
+COLORS = {"plain": "#d1495b", "residual": "#00798c"}
 MARGIN = 0.1  # between errors that are said to differ
 
 
@@ -76,23 +77,22 @@ def verdicts(found: Found) -> list[Verdict]:
 def draw(found: Found, path: Path) -> None:
     plt = load_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), width_ratios=(1, 1, 0.9), sharey=True)
-    depths = sorted({depth for _, depth in found})
-    maps = {"plain": plt.get_cmap("OrRd"), "residual": plt.get_cmap("PuBuGn")}
+    depths, shades = sorted({depth for _, depth in found}), plt.get_cmap("viridis_r")
     for axis, kind in zip(axes, KINDS, strict=False):
         for i, depth in enumerate(depths):
             errors = [100 * e for e in found[kind, depth].training]
-            color = maps[kind](0.45 + 0.55 * i / max(len(depths) - 1, 1))
-            axis.plot(range(1, len(errors) + 1), errors, color=color, linewidth=1.8, label=f"{depth} layers")
+            color = shades(0.1 + 0.9 * i / max(len(depths) - 1, 1))
+            axis.plot(range(1, len(errors) + 1), errors, color=color, linewidth=1.8, label=str(depth))
         axis.set(title=kind, xlabel="epoch", ylim=(-2, 100))
-        axis.legend(frameon=False, fontsize=8, loc="upper right" if kind == "residual" else "best")
-        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes[0].set_ylabel("training error, %")
+    axes[1].legend(frameon=False, fontsize=8, title="layers", loc="upper right")
     for kind, marker in zip(KINDS, "os", strict=True):
         ends = [100 * error for _, error in _last(found, kind)]
-        axes[2].plot(depths, ends, color=maps[kind](0.8), marker=marker, linewidth=1.8)
+        axes[2].plot(depths, ends, color=COLORS[kind], marker=marker, linewidth=1.8)
         axes[2].annotate(kind, (depths[-1], ends[-1]), (-4, 8), textcoords="offset points", ha="right")
     axes[2].set(title="after the last epoch", xlabel="layers", xticks=depths)
-    axes[2].grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    for axis in axes:
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     figure.suptitle(TITLE, fontsize=11)
     figure.tight_layout()
     save(figure, path)

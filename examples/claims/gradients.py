@@ -37,7 +37,7 @@ THEORY = {
     "residual": lambda layers: (layers + 1) ** -0.5,  # 1 where there is no layer
 }
 SHORT = {"plain": "plain", "residual without BatchNorm": "no BatchNorm", "residual": "residual"}
-FORMULAS = {"plain": "2^-L", "residual without BatchNorm": "(3/4)^L", "residual": "1/sqrt(L)"}
+FORMULAS = {"plain": "2⁻ᴸ", "residual without BatchNorm": "(3/4)ᴸ", "residual": "1/√L"}
 COLORS = {"plain": "#d1495b", "residual without BatchNorm": "#c98a00", "residual": "#00798c"}
 _FLOOR = 2e-3  # below which a correlation is one by chance
 _FITTED = 8  # layers up to which a rate is fitted: later, correlations of plain networks drown in those by chance
@@ -57,11 +57,11 @@ FULL = Settings(depths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48), net
 
 @dataclass
 class Found:
-    """Correlations by kind, one for each depth, and for the picture the gradients along a walk by kind."""
+    """Correlations of gradients by kind and depth, and for the picture the gradients along a walk."""
 
     depths: tuple[int, ...]
-    different: dict[str, list[float]]  # of gradients at different photographs, in the theorems' networks
-    neighbours: dict[str, list[float]]  # at neighbouring points of a walk, in networks of this package's blocks
+    different: dict[str, list[float]]  # at different photographs, in the theorems' networks, one for each depth
+    neighbours: dict[str, dict[int, float]]  # at neighbours on a walk, in this package's blocks, which have two layers
     waves: dict[tuple[str, int], list[float]]  # by kind and depth: the derivative of the output along the walk
 
 
@@ -104,7 +104,7 @@ def of_theorem(kind: str, layers: int, v: Tensor, generator: torch.Generator) ->
 
 
 def of_blocks(kind: str, layers: int, v: Tensor, generator: torch.Generator) -> Tensor:
-    """v after some layers, rounded to even, of this package's blocks as they are: relu(v + W relu(W v)) with BatchNorm
+    """v after some layers, an even number, of this package's blocks as they are: relu(v + W relu(W v)) with BatchNorm
     behind each W, and without v where it is plain. In eval mode a new BatchNorm changes nothing."""
     for _ in range(layers // 2):
         block = (PlainBlock if kind == "plain" else BasicBlock)(v.shape[1], v.shape[1])
@@ -168,17 +168,19 @@ def measure(settings: Settings, seed: int, device: str, bar: Callable[[int], obj
     images = patches(settings.inputs, torch.Generator().manual_seed(seed))
     path, long_path = (walk(images[:2], points).to(device) for points in (settings.inputs, 256))
     images = images.to(device)
-    found = Found(settings.depths, {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}, {})
+    found = Found(settings.depths, {kind: [] for kind in KINDS}, {kind: {} for kind in KINDS}, {})
     for layers in settings.depths:
         for kind in KINDS:
             different, neighbours = [], []
             for i in range(settings.networks):
                 arguments = (kind, layers, settings.channels, seed * settings.networks + i)
                 different.append(_products(gradients(images, of_theorem, *arguments)))
-                neighbours.append(_neighbour_products(gradients(path, of_blocks, *arguments)))
+                if layers % 2 == 0:
+                    neighbours.append(_neighbour_products(gradients(path, of_blocks, *arguments)))
                 bar(1)
             found.different[kind].append(_correlation(different))
-            found.neighbours[kind].append(_correlation(neighbours))
+            if neighbours:
+                found.neighbours[kind][layers] = _correlation(neighbours)
     for kind, layers in (("plain", 2), ("plain", 24), ("residual", 24)):
         found.waves[kind, layers] = _wave(kind, layers, long_path, settings.channels, seed)
         bar(1)
@@ -211,7 +213,8 @@ def rows(found: Found) -> list[tuple[str, ...]]:
     lines = [("layers", *head, *(f"{SHORT[kind]}, near" for kind in KINDS))]
     for i, depth in enumerate(found.depths):
         cells = [f"{value:.3f}" for kind in KINDS for value in (found.different[kind][i], THEORY[kind](depth))]
-        lines.append((str(depth), *cells, *(f"{found.neighbours[kind][i]:.3f}" for kind in KINDS)))
+        near = (found.neighbours[kind].get(depth) for kind in KINDS)
+        lines.append((str(depth), *cells, *("" if value is None else f"{value:.3f}" for value in near)))
     return lines
 
 
@@ -219,7 +222,8 @@ def verdicts(found: Found) -> list[Verdict]:
     at = found.depths.index(_FITTED)
     plain, without, residual = (found.different[kind][at] for kind in KINDS)
     factors = [factor_per_layer(found, kind) for kind in KINDS[:2]]
-    near_plain, _, near_residual = (found.neighbours[kind][-1] for kind in KINDS)
+    deepest = max(found.neighbours["plain"])
+    near_plain, _, near_residual = (found.neighbours[kind][deepest] for kind in KINDS)
     return [
         Verdict(
             f"after {_FITTED} layers: plain {plain:.3f} < residual without BatchNorm {without:.3f} < residual "
@@ -233,8 +237,7 @@ def verdicts(found: Found) -> list[Verdict]:
         ),
         Verdict(f"residual: falls as L^{power(found):.2f}, in theory L^-0.5", -0.6 < power(found) < -0.4),
         Verdict(
-            f"neighbouring inputs, {found.depths[-1]} layers of blocks: plain {near_plain:.3f}, residual "
-            f"{near_residual:.3f}",
+            f"neighbouring inputs, {deepest} layers of blocks: plain {near_plain:.3f}, residual {near_residual:.3f}",
             near_plain < 0.15 and near_residual > 0.3,
         ),
     ]
@@ -253,25 +256,20 @@ def _draw_theory(axis: Any, found: Found) -> None:
     every = range(1, found.depths[-1] + 1)
     for kind in KINDS:
         measured = [c if c > _FLOOR else math.nan for c in found.different[kind]]
-        axis.plot(found.depths, measured, "o-", color=COLORS[kind], markersize=3.5, linewidth=1.8)
+        name = f"{kind}, theory: {FORMULAS[kind]}"
+        axis.plot(found.depths, measured, "o-", color=COLORS[kind], markersize=3.5, linewidth=1.8, label=name)
         axis.plot(every, [THEORY[kind](layers) for layers in every], "--", color=COLORS[kind], linewidth=1)
     axis.set(yscale="log", ylim=(_FLOOR, 1.3), xlabel="layers", ylabel="correlation")
-    axis.set_title("between photographs; dashed: theory", fontsize=9)
-    style = {"fontsize": 8, "transform": axis.transAxes, "ha": "right"}
-    axis.text(1, 0.87, r"residual  $1/\sqrt{L}$", color=COLORS["residual"], **style)
-    axis.text(1, 0.2, "without\nBatchNorm\n$(3/4)^L$", color=COLORS["residual without BatchNorm"], **style)
-    axis.text(0.24, 0.12, r"plain  $2^{-L}$", color=COLORS["plain"], **style)
+    axis.set_title("between photographs (dashed: theory)", fontsize=9)
 
 
 def _draw_neighbours(axis: Any, found: Found) -> None:
     for kind in KINDS:
-        axis.plot(found.depths, found.neighbours[kind], "o-", color=COLORS[kind], markersize=3.5, linewidth=1.8)
+        axis.plot(
+            *zip(*found.neighbours[kind].items(), strict=True), "o-", color=COLORS[kind], markersize=3.5, linewidth=1.8
+        )
     axis.set(xlabel="layers", ylim=(-0.05, 1.05))
     axis.set_title("between neighbours on the way", fontsize=9)
-    style = {"fontsize": 8, "transform": axis.transAxes}
-    axis.text(1, 0.93, "residual without BatchNorm", color=COLORS["residual without BatchNorm"], ha="right", **style)
-    axis.text(0.7, 0.62, "residual", color=COLORS["residual"], **style)
-    axis.text(0.3, 0.3, "plain", color=COLORS["plain"], **style)
 
 
 def draw(found: Found, path: Path) -> None:
@@ -281,7 +279,11 @@ def draw(found: Found, path: Path) -> None:
     waves = [figure.add_subplot(grid[i, 0]) for i in range(3)]
     figure.text(waves[0].get_position().x0, 0.91, "gradient along the way", fontsize=9)
     _draw_waves(waves, found)
-    _draw_theory(figure.add_subplot(grid[:, 1]), found)
+    middle = figure.add_subplot(grid[:, 1])
+    _draw_theory(middle, found)
     _draw_neighbours(figure.add_subplot(grid[:, 2]), found)
+    figure.legend(
+        *middle.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, -0.13)
+    )
     figure.suptitle(TITLE, fontsize=11, y=1.0)
     save(figure, path)

@@ -35,7 +35,7 @@ class Settings:
 
 
 QUICK = Settings(depth=32, epochs=6, batch=32, rounds=10)
-FULL = Settings(depth=56, epochs=30, batch=128, rounds=40)
+FULL = Settings(depth=56, epochs=30, batch=64, rounds=20)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..backends import forced
 from ..choose import Choice
 from ..ops.conv_bn_relu import conv_output_size, conv_pairs, kernel_for
 from ..ops.conv_bn_relu_max_pool import kernel_for as kernel_for_max_pool
@@ -129,6 +130,11 @@ def _stem_reason(model: nn.Module, choice: Choice) -> str:
     return f"{choice.reason}; maxpool runs torch's operator" + ("" if why is None else f": {why}")
 
 
+def _block_reason(choice: Choice, training: bool) -> str:
+    on_cpu_by_choice = choice.backend == "cpu" and forced() is None
+    return choice.reason + ("; where the input is small on torch's operators" if training and on_cpu_by_choice else "")
+
+
 def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
     """Says for the stem and every residual block of ``model`` whether it runs fused, on which kernel, or why not.
 
@@ -157,7 +163,7 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
                 "Stem" if is_model else type(module).__name__,
                 fused,
                 choice.kernel if fused else "torch",
-                reason if choice is None else _stem_reason(module, choice) if is_model else choice.reason,
+                reason or (_stem_reason(module, choice) if is_model else _block_reason(choice, training)),
             )
         )
     if input is None:

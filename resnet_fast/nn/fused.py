@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..choose import Choice, choose
+from ..choose import Choice, choose, is_small_to_train
 from ..ops.registration import constant_when_compiled, dispatch, under_transform
 
 
@@ -189,14 +189,24 @@ def may_fuse_input(x: Tensor, conv: nn.Conv2d, training: bool = False, has_resid
 def fused_block(block: nn.Module, x: Tensor) -> Tensor | None:
     """What a block's fused form makes of x, or None where the block must run as torch does.
 
-    The block has conv1 and bn1 first, `why_plain`, and `_fused` and `_fused_training` for either kind of statistics.
+    The block has conv1, bn1 and conv2 first, `why_plain`, and `_fused` and `_fused_training` for either kind of
+    statistics.
     """
     if not is_plain_tensor(x) or block.why_plain() is not None:
         return None
     training = uses_batch_statistics(block.bn1)
-    if not may_fuse_input(x, block.conv1, training):
+    if not may_fuse_input(x, block.conv1, training) or (training and _is_small(block, x)):
         return None
     return block._fused_training(x) if training else block._fused(x)
+
+
+def _is_small(block: nn.Module, x: Tensor) -> bool:
+    """Whether torch's operators train ``block`` faster on x [N, C, H, W]. Where its memory is to be lean nobody asks,
+    nor in a compiled graph, which would hold for some batches only."""
+    if not x.is_cpu or torch.compiler.is_compiling() or getattr(block, "activation_memory", "default") == "lean":
+        return False
+    n, _, h, w = x.shape
+    return is_small_to_train(n * h * w * block.conv1.weight.numel(), is_channels_last(block.conv2))
 
 
 def may_max_pool(x: Tensor) -> bool:
