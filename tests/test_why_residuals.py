@@ -58,12 +58,12 @@ def test_gradients_of_plain_networks_shatter(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_shortcuts_help_and_identities_most(seed):
-    found = measured(shortcuts, seed, rounds=1)
+    found = measured(shortcuts, seed, rounds=1, batch=2)
     assert_holds(shortcuts.verdicts(found))
 
 
 def test_bottleneck_has_a_seventeenth_of_the_weights():
-    found = measured(parameters, rounds=1, batch=2)
+    found = measured(parameters, rounds=1)
     wide, narrow = found.values()
     assert (wide.weights, narrow.weights) == (2 * 256 * 256 * 9, 256 * 64 + 64 * 64 * 9 + 64 * 256)
     assert (wide.weights, narrow.weights) == (1_179_648, 69_632) and round(wide.weights / narrow.weights, 1) == 16.9
@@ -166,26 +166,26 @@ def tiny(monkeypatch):
     monkeypatch.setattr(shortcuts, "QUICK", shortcuts.Settings(depth=8, epochs=1, batch=1, rounds=1))
 
 
-@pytest.mark.parametrize("form", ("svg", "png"))
-def test_all_writes_plots_and_tables(form, tiny, tmp_path, capsys):
-    code = why_residuals.main(["all", "--quick", "--out", str(tmp_path / "new"), "--format", form, "--device", "cpu"])
+def test_all_writes_plots_and_tables(tiny, tmp_path, capsys):
+    code = why_residuals.main(["all", "--quick", "--out", str(tmp_path / "new"), "--device", "cpu"])
     out = capsys.readouterr().out
     assert code == 1 and "DOES NOT HOLD" in out and "holds: 1,179,648 weights against 69,632" in out
     for name in why_residuals.CLAIMS:
-        plot, text = (tmp_path / "new" / f"{name}.{ending}" for ending in (form, "md"))
-        assert plot.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r") and plot.stat().st_size > 5000
+        plot, text = (tmp_path / "new" / f"{name}.{ending}" for ending in ("svg", "md"))
+        assert plot.read_text().startswith("<?xml") and plot.stat().st_size > 5000
         claim = importlib.import_module(f"claims.{name}")
         assert text.read_text().startswith(f"# {claim.TITLE}\n\n| ") and "holds" in text.read_text().lower()
         assert claim.TITLE in out and str(plot) in out
 
 
 def test_one_claim_that_holds(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gradients, "QUICK", dataclasses.replace(gradients.QUICK, networks=2))
-    assert why_residuals.main(["gradients", "--quick", "--seed", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "DOES NOT" not in capsys.readouterr().out and sorted(os.listdir(tmp_path)) == [
-        "gradients.md",
-        "gradients.svg",
-    ]
+    few = dataclasses.replace(gradients.QUICK, depths=(1, 2, 4, 8, 24), networks=1)
+    monkeypatch.setattr(gradients, "QUICK", few)
+    options = ["--quick", "--seed", "1", "--out", str(tmp_path), "--format", "png", "--device", "cpu"]
+    assert why_residuals.main(["gradients", *options]) == 0
+    assert "DOES NOT" not in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["gradients.md", "gradients.png"]
+    assert (tmp_path / "gradients.png").read_bytes().startswith(b"\x89PNG\r")
 
 
 def test_errors_are_in_words(monkeypatch, capsys):
