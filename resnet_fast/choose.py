@@ -312,16 +312,16 @@ def _winograd_cost(
     return positions * (tiles * (product + transforms) + product * _STREAMING)
 
 
-# Multiplications of a block's first convolution, one of two or three, below which torch's operators train the block in
-# less time: a call of ours takes 0.3 ms longer for each convolution, forward and backward. torch's time over ours, with
-# weights in channels_last: 0.65-0.88 at 9 to 19 million, 0.83-1.03 at 38, 0.8-1.14 at 75, 1.2-1.4 at 150; with
-# contiguous ones 0.7-1.0 up to 19, 0.8-1.3 at 38 (16 to 512 channels, 2x2 to 32x32; 2 Emerald Rapids cores).
-_LEAST_TO_TRAIN = {True: 50_000_000, False: 25_000_000}
+# Multiplications of a block below which torch's operators train it in less time: a call of ours takes 0.3 ms longer for
+# each convolution, forward and backward. torch's time over ours, with weights in channels_last: 0.65-0.88 at up to 38
+# million, 0.72-1.03 at 75, 0.8-1.14 at 150, 1.2-1.4 at 300; with contiguous ones 0.7-1.0 up to 38, 0.8-1.3 at 75 (16 to
+# 512 channels, 2x2 to 32x32; 2 Emerald Rapids cores).
+_LEAST_TO_TRAIN = {True: 100_000_000, False: 50_000_000}
 
 
 def is_small_to_train(multiplications: int, channels_last: bool) -> bool:
-    """Whether a block with so many multiplications in its first convolution trains faster on torch's operators on a
-    CPU; not asked where a backend is forced. channels_last: the layout of its weights."""
+    """Whether a block of so many multiplications trains faster on torch's operators on a CPU; never where a backend is
+    forced. channels_last: the layout of its weights."""
     return forced() is None and multiplications < _LEAST_TO_TRAIN[channels_last]
 
 

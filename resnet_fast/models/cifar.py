@@ -20,6 +20,7 @@ from ..nn.ends import FusedEnds
 
 __all__ = [
     "PaddedShortcut",
+    "PlainBlock",
     "ResNet",
     "plain20",
     "plain32",
@@ -60,8 +61,8 @@ class ResNet(FusedEnds, nn.Module):
     """The paper's network for small images: a 3x3 convolution, three stages of (depth - 2) / 6 blocks of two 3x3
     convolutions, the second and third at half the size with twice the channels, average pooling, and a linear layer.
 
-    Attributes are named as in torchvision's ResNet, which has a fourth stage. The weights of resnets published for
-    CIFAR-10 load where they have these names; with option "B" torchvision's names of the projection.
+    Attributes are named as in torchvision's ResNet, which has a fourth stage; so are a projection's, ``downsample.0``
+    and ``downsample.1``. Weights published for CIFAR-10 under these names load.
 
     Args:
         depth: number of layers with weights on the way from image to logits (projections not counted): 6 n + 2.
@@ -131,7 +132,7 @@ def _shortcut(in_channels: int, channels: int, stride: int, option: str | None) 
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
 
-def _builder(name: str, depth: int, **fixed: None) -> Callable[..., ResNet]:
+def _builder(name: str, depth: int, **fixed: Any) -> Callable[..., ResNet]:
     def build(**kwargs: Any) -> ResNet:
         return ResNet(depth, **kwargs, **fixed)
 

@@ -205,8 +205,11 @@ def _is_small(block: nn.Module, x: Tensor) -> bool:
     nor in a compiled graph, which would hold for some batches only."""
     if not x.is_cpu or torch.compiler.is_compiling() or getattr(block, "activation_memory", "default") == "lean":
         return False
-    n, _, h, w = x.shape
-    return is_small_to_train(n * h * w * block.conv1.weight.numel(), is_channels_last(block.conv2))
+    convs = [block.conv1, block.conv2, getattr(block, "conv3", None)]
+    weights = sum(conv.weight.numel() for conv in convs if conv is not None)
+    (down, right), (down2, right2) = block.conv1.stride, block.conv2.stride
+    pixels = x.shape[0] * (x.shape[2] // (down * down2)) * (x.shape[3] // (right * right2))  # of the result
+    return is_small_to_train(pixels * weights, is_channels_last(block.conv2))
 
 
 def may_max_pool(x: Tensor) -> bool:
