@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("claim", choices=[*CLAIMS, "all"], metavar="CLAIM", help="one of these, or all")
-    text = "fewer depths and epochs: less than 2 minutes each on 2 cores; without, up to 15 minutes each"
+    text = "fewer depths and epochs: less than 2 minutes each on 2 cores; without, 2 to 6 minutes each"
     parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of weights and order of images (default: 0)")
     text = "folder for NAME.svg and NAME.md (default: why_residuals)"

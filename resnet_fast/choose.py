@@ -312,10 +312,11 @@ def _winograd_cost(
     return positions * (tiles * (product + transforms) + product * _STREAMING)
 
 
-# Multiplications of a block below which torch's operators train it in less time: a call of ours takes 0.3 ms longer for
-# each convolution, forward and backward. torch's time over ours, with weights in channels_last: 0.65-0.88 at up to 38
-# million, 0.72-1.03 at 75, 0.8-1.14 at 150, 1.2-1.4 at 300; with contiguous ones 0.7-1.0 up to 38, 0.8-1.3 at 75 (16 to
-# 512 channels, 2x2 to 32x32; 2 Emerald Rapids cores).
+# Multiplications of a block below which torch's operators train it in less time: a call of ours takes 0.2 to 0.5 ms
+# longer for each convolution, forward and backward. torch's time over ours with 16 to 128 channels, weights in
+# channels_last (contiguous): 0.52-0.79 (0.65-1.19) at 20 million, 0.70-0.88 (0.79-1.26) at 40, 0.72-1.03 (0.82-1.63) at
+# 75, 0.80-1.15 (0.99-1.66) at 150, 1.18-1.74 (1.17-2.04) from 300 on. With 512 channels at 2x2 1.06-1.47 (0.71-1.05)
+# from 40 to 150, where channels_last loses by it (BasicBlock and Bottleneck; 2 Emerald Rapids cores).
 _LEAST_TO_TRAIN = {True: 100_000_000, False: 50_000_000}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast.backends import cpu_level
+from resnet_fast.backends import CPU_LEVELS, cpu_level
 from resnet_fast.measure import relative_rms
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
@@ -100,6 +100,10 @@ def assert_like_torch(model, optimized, *inputs, dtype=None, times=2.0, least=0.
 RESNET, LOOSE = dict(least=5e-6), dict(times=6.0, least=1e-5)
 
 
+# The levels of the CPU's kernels that a test has to start a process for: all but the one that this process runs at.
+OTHER_LEVELS = tuple(level for level in CPU_LEVELS if level != cpu_level())
+
+
 @cache
 def _reason_at(level: str) -> str:
     """What `backends` says of the CPU's kernels where they are forced to be of one level."""
@@ -109,12 +113,9 @@ def _reason_at(level: str) -> str:
 
 
 def assert_passes_at_level(files: str | list[str], level: str, tests: str) -> None:
-    """The tests of ``files`` that ``-k tests`` selects pass in a process whose CPU kernels are of one level: another
-    than this process's, in which they run anyway."""
+    """The tests of ``files`` that ``-k tests`` selects pass in a process whose CPU kernels are of one level."""
     if os.environ.get("RESNET_FAST_CPU_LEVEL"):
         pytest.skip("already inside a forced level")
-    if level == cpu_level():
-        pytest.skip("the level of this process")
     env = {**os.environ, "RESNET_FAST_CPU_LEVEL": level}
     files = [files] if isinstance(files, str) else files
     reason = _reason_at(level)

@@ -4,11 +4,10 @@ import sys
 
 import pytest
 import torch
-from checks import assert_passes_at_level, assert_same_special_values
+from checks import OTHER_LEVELS, assert_passes_at_level, assert_same_special_values
 from torch.library import opcheck
 
 import resnet_fast
-from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.ops import add_relu, add_relu_ref
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -179,8 +178,8 @@ def test_thread_counts(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", CPU_LEVELS)
-def test_every_level(level):
+@pytest.mark.parametrize("level", OTHER_LEVELS)
+def test_every_other_level(level):
     """This file once more, in a process whose kernels are of one level."""
     assert_passes_at_level(__file__, level, "equals_torch or misaligned or special or every_16 or strides")
 

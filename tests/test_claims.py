@@ -138,6 +138,21 @@ def test_gradient_is_the_one_of_the_written_out_network():
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_without_batch_norm_inputs_grow_alike():
+    """Why its gradients agree for longer than the theorem says: more units are active together than it supposes."""
+    x, cosines, together = images.patches(32, torch.Generator().manual_seed(0)), [], []
+    for layers in (0, 8, 24):
+        generator = torch.Generator().manual_seed(1)
+        first = gradients._first_maps(x, 64, generator)
+        v = gradients.of_theorem("residual without BatchNorm", layers, first, generator).flatten(1)
+        pairs = torch.triu(torch.ones(32, 32), 1).bool()
+        unit, active = nn.functional.normalize(v), (v > 0).float()
+        cosines.append((unit @ unit.T)[pairs].mean().item())
+        together.append((active @ active.T)[pairs].mean().item() / v.shape[1])
+    assert abs(cosines[0]) < 0.1 and abs(together[0] - 0.25) < 0.02
+    assert cosines[1] > 0.4 and cosines[2] > 0.7 and together[1] > 0.35
+
+
 def test_same_seed_same_curve():
     split = images.digits("cpu", 128)
     split = images.Split(split.images[:256], split.labels[:256], split.test_images, split.test_labels)

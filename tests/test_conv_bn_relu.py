@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from checks import (
     LAYOUTS,
+    OTHER_LEVELS,
     UNIT_ROUNDOFF,
     assert_accurate,
     assert_passes_at_level,
@@ -14,7 +15,6 @@ from torch.library import opcheck
 from winograd import LARGEST_ERROR
 
 import resnet_fast
-from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.bench import layers
 from resnet_fast.choose import choose_conv_on_cpu, has_few_channels
 from resnet_fast.measure import relative_rms
@@ -230,8 +230,8 @@ def test_first_layer_thread_counts(layer, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", CPU_LEVELS)
-def test_every_level(level):
+@pytest.mark.parametrize("level", OTHER_LEVELS)
+def test_every_other_level(level):
     assert_passes_at_level(__file__, level, "first_layer")
 
 

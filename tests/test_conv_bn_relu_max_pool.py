@@ -1,12 +1,11 @@
 import pytest
 import torch
-from checks import LAYOUTS, assert_accurate, assert_passes_at_level, assert_same_special_values
+from checks import LAYOUTS, OTHER_LEVELS, assert_accurate, assert_passes_at_level, assert_same_special_values
 from test_conv_bn_relu import VECTORS, in_channels_last, in_double, problem, winograd_tile
 from torch.library import opcheck
 from winograd import LARGEST_ERROR
 
 import resnet_fast
-from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.kernels.packing import pack_few_channels
 from resnet_fast.measure import relative_rms
 from resnet_fast.ops import conv_bn_relu, conv_bn_relu_max_pool, conv_bn_relu_max_pool_ref, max_pool
@@ -359,8 +358,8 @@ def test_from_many_threads():
         assert all(pool.map(run, range(200)))
 
 
-@pytest.mark.parametrize("level", CPU_LEVELS)
-def test_every_level(level):
+@pytest.mark.parametrize("level", OTHER_LEVELS)
+def test_every_other_level(level):
     assert_passes_at_level(__file__, level, "test_fused or special or integers")
 
 

@@ -4,11 +4,10 @@ import pytest
 import test_avg_pool_flatten
 import torch
 import torch.nn.functional as F
-from checks import LAYOUTS, assert_passes_at_level, assert_same_special_values
+from checks import LAYOUTS, OTHER_LEVELS, assert_passes_at_level, assert_same_special_values
 from torch.library import opcheck
 
 import resnet_fast
-from resnet_fast.backends import CPU_LEVELS
 from resnet_fast.ops import max_pool, max_pool_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,8 +237,8 @@ def test_from_many_threads():
     assert all(torch.equal(r, ref) for r in results)
 
 
-@pytest.mark.parametrize("level", CPU_LEVELS)
-def test_every_level(level):
+@pytest.mark.parametrize("level", OTHER_LEVELS)
+def test_every_other_level(level):
     """This file and that of the other pooling once more, in a process whose kernels are of one level."""
     tests = f"equals_torch or special or every_16 or geometries or strides or {test_avg_pool_flatten.LEVEL_TESTS}"
     assert_passes_at_level([__file__, test_avg_pool_flatten.__file__], level, tests)

@@ -34,10 +34,10 @@ KINDS = ("plain", "residual without BatchNorm", "residual")
 THEORY = {
     "plain": lambda layers: 0.5**layers,
     "residual without BatchNorm": lambda layers: 0.75**layers,
-    "residual": lambda layers: (layers + 1) ** -0.5,  # 1 where there is no layer
+    "residual": lambda layers: (layers + 1) ** -0.5,  # so that it is 1 without a layer
 }
 SHORT = {"plain": "plain", "residual without BatchNorm": "no BatchNorm", "residual": "residual"}
-FORMULAS = {"plain": "2⁻ᴸ", "residual without BatchNorm": "(3/4)ᴸ", "residual": "1/√L"}
+FORMULAS = {"plain": "2⁻ᴸ", "residual without BatchNorm": "(3/4)ᴸ", "residual": "1/√(L+1)"}
 COLORS = {"plain": "#d1495b", "residual without BatchNorm": "#c98a00", "residual": "#00798c"}
 _FLOOR = 2e-3  # below which a correlation is one by chance
 _FITTED = 8  # layers up to which a rate is fitted: later, correlations of plain networks drown in those by chance
@@ -120,11 +120,15 @@ def of_blocks(kind: str, layers: int, v: Tensor, generator: torch.Generator) -> 
 Network = Callable[[str, int, Tensor, torch.Generator], Tensor]
 
 
+def _first_maps(images: Tensor, channels: int, generator: torch.Generator) -> Tensor:  # [N, channels, H, W]
+    weight = torch.randn(channels, images.shape[1], 3, 3, generator=generator) / math.sqrt(9 * images.shape[1])
+    return ops.conv2d(images, weight.to(images.device), padding=1)
+
+
 def gradients(images: Tensor, network: Network, kind: str, layers: int, channels: int, seed: int) -> Tensor:
     """[N, C, H, W]: of a random sum of the outputs of a network, at the first feature map of every image."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(channels, images.shape[1], 3, 3, generator=generator) / math.sqrt(9 * images.shape[1])
-    v = ops.conv2d(images, first.to(images.device), padding=1).requires_grad_()
+    v = _first_maps(images, channels, generator).requires_grad_()
     out = network(kind, layers, v, generator)
     weights = torch.randn(out.shape[1:], generator=generator).to(out.device)
     return torch.autograd.grad((out * weights).sum(), v)[0]
@@ -157,9 +161,7 @@ def walk(ends: Tensor, points: int) -> Tensor:
 def _wave(kind: str, layers: int, images: Tensor, channels: int, seed: int) -> list[float]:
     """The derivative of the output along the walk, at each of its points; its deviation is 1."""
     g = gradients(images, of_blocks, kind, layers, channels, seed).flatten(1)
-    generator = torch.Generator().manual_seed(seed)  # the same first convolution as in `gradients`
-    first = torch.randn(channels, images.shape[1], 3, 3, generator=generator) / math.sqrt(9 * images.shape[1])
-    maps = ops.conv2d(images, first.to(images.device), padding=1).flatten(1)
+    maps = _first_maps(images, channels, torch.Generator().manual_seed(seed)).flatten(1)  # those of `gradients`
     wave = (g[:-1] * (maps[1:] - maps[:-1])).sum(1)
     return ((wave - wave.mean()) / wave.std()).tolist()
 
